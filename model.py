@@ -1,0 +1,279 @@
+"""
+LLaMA whose linear layers may be QLinear: INT8 weights with no float copy.
+
+    RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU, pre-norm, no biases   (arXiv 2302.13971)
+
+Where the bytes go, 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In bf16 they and a
+gradient each take 24 GiB before any optimizer. A QLinear keeps 1 byte a weight (6.2 GiB with scales), makes a float
+copy for one product at a time, and in backward never forms its gradient: it hands the gradient's two factors, x and dy,
+to a hook that the optimizer sets (see qgalore.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from quant import GROUP_SIZE, dequantize_int8, quantize_int8
+
+INIT_STD = 0.02
+LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB, where 16 x 256 at once are 500
+
+
+class QLinear(nn.Module):
+    """y = x W^T with W (out_features, in_features) in 8 bits, group-wise, or with bits=16 plainly in `dtype`.
+
+    W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight. Backward gives
+    the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features), dy (T, out_features);
+    the weight's gradient is dy^T x. Without a hook the weight stays as it is.
+    """
+
+    def __init__(self, in_features, out_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        self.hook = None
+        self.set_weight(torch.empty(out_features, in_features, dtype=dtype, device=device).normal_(std=INIT_STD))
+
+    def set_weight(self, w):
+        """Take w (out_features, in_features), any float dtype; with bits=16 it is kept as it is, not copied."""
+        if self.bits == 8:
+            for name, tensor in zip(("q", "scale", "zero"), quantize_int8(w, self.group_size)):
+                self.register_buffer(name, tensor)
+        else:
+            self.register_buffer("weight", w)
+
+    def float_weight(self, dtype=torch.float32, rows=slice(None)):
+        """W[rows] in `dtype`."""
+        if self.bits == 8:
+            return dequantize_int8(self.q[rows], self.scale[rows], self.zero[rows], dtype)
+        return self.weight[rows].to(dtype)
+
+    def add_(self, delta, rows=slice(None), shrink=1.0, stochastic=True, generator=None):
+        """W[rows] <- round(shrink * W[rows] + delta), the sum formed in float32 (Q-GaLore, section 3.4).
+
+        delta: (rows, in_features) float32. stochastic: how INT8 rounds; False rounds to nearest.
+        """
+        w = self.float_weight(rows=rows).mul(shrink).add_(delta)
+        if self.bits == 8:
+            self.q[rows], self.scale[rows], self.zero[rows] = quantize_int8(w, self.group_size, stochastic, generator)
+        else:
+            self.weight[rows] = w.to(self.weight.dtype)
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # else autograd skips backward, and with it the hook, in a model's first layer
+        return _QLinearFunction.apply(x, self)
+
+
+class _QLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return F.linear(x, layer.float_weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        dx = dy @ layer.float_weight(dy.dtype)
+        if layer.hook is not None:  # after dx, because the hook steps the weight
+            layer.hook(layer, x.flatten(0, -2), dy.flatten(0, -2))
+        return dx, None
+
+
+@dataclass
+class LLaMAConfig:
+    block_size: int = 256
+    vocab_size: int = 50304
+    n_layer: int = 8
+    n_head: int = 8
+    n_kv_head: int = 8
+    n_embd: int = 512
+    ffn_dim: int = 1376
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embedding: bool = False
+    checkpoint_activations: bool = False  # keep only the blocks' inputs, compute the rest again in backward
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32; its weight stays float32, where a step of 1e-3 on a weight of 1 is not lost."""
+
+    def __init__(self, dim, eps, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, linear):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
+        self.block_size = c.block_size
+        self.q_proj = linear(c.n_embd, c.n_head * self.head_dim)
+        self.k_proj = linear(c.n_embd, c.n_kv_head * self.head_dim)
+        self.v_proj = linear(c.n_embd, c.n_kv_head * self.head_dim)
+        self.o_proj = linear(c.n_head * self.head_dim, c.n_embd)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nh, T, hs)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nkv, T, hs)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        if cache is not None:  # a window of the last block_size keys: RoPE sees distances, not positions
+            if cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache["k"], cache["v"] = k, v = k[:, :, -self.block_size :], v[:, :, -self.block_size :]
+        gqa = self.n_kv_head != self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c, linear):
+        super().__init__()
+        self.gate_proj = linear(c.n_embd, c.ffn_dim)
+        self.up_proj = linear(c.n_embd, c.ffn_dim)
+        self.down_proj = linear(c.ffn_dim, c.n_embd)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c, linear, device=None):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.n_embd, c.norm_eps, device)
+        self.attn = Attention(c, linear)
+        self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps, device)
+        self.mlp = MLP(c, linear)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LLaMA(nn.Module):
+    """config: LLaMAConfig. linear: makes a layer from (in_features, out_features, device=, dtype=): QLinear, or a
+    partial of it, or torch's own Linear without bias for full-rank training. Layers are built one after the other on
+    `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights)."""
+
+    def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32):
+        super().__init__()
+        self.config = c = config
+        if c.n_embd % c.n_head or c.n_head % c.n_kv_head or c.n_embd // c.n_head % 2:
+            raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, "
+                             f"and n_head a multiple of n_kv_head {c.n_kv_head}")
+
+        def layer(n_in, n_out):
+            module = linear(n_in, n_out, device=device, dtype=dtype)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            return module
+
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
+        nn.init.normal_(self.embed.weight, std=INIT_STD)
+        self.blocks = nn.ModuleList(Block(c, layer, device) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps, device)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False, device=device, dtype=dtype)
+        if c.tie_embedding:
+            self.head.weight = self.embed.weight
+        else:
+            nn.init.normal_(self.head.weight, std=INIT_STD)
+
+    def forward(self, idx, targets=None, caches=None, position=0):
+        """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token, float32;
+        without, the last position's logits (B, vocab_size), float32. caches: one dict a block, filled as it goes, for
+        the `position` tokens seen before idx."""
+        x = self.embed(idx)  # (B, T, C)
+        cos, sin = rope(position, idx.shape[1], self.config, x)
+        for i, block in enumerate(self.blocks):
+            if self.config.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, caches[i] if caches else None)
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x[:, -1], self.head.weight).float()
+        return _HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """Yield max_new_tokens times the next token of each row, (B, 1) int64, sampled after the prompt idx (B, T >= 1).
+
+        temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all tokens in; else the k likeliest, and of those the
+        fewest whose probabilities sum to top_p. Each token costs one position's work: keys and values are kept."""
+        caches = [{} for _ in self.blocks]
+        idx, position = idx[:, -self.config.block_size :], 0
+        for _ in range(max_new_tokens):
+            logits = self(idx, caches=caches, position=position)  # (B, V)
+            position += idx.shape[1]
+            if temperature == 0:
+                idx = logits.argmax(dim=-1, keepdim=True)
+            else:
+                logits, token = (logits / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted
+                p = logits.softmax(dim=-1)
+                p[p.cumsum(dim=-1) - p >= top_p] = 0  # never the first, whose sum of larger ones is 0
+                idx = token.gather(1, torch.multinomial(p, 1, generator=generator))
+            yield idx
+
+    def flops_per_token(self):
+        """Of forward and backward, by the usual count 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""
+        c = self.config
+        head_dim = c.n_embd // c.n_head
+        block = 2 * c.n_embd * (c.n_head + c.n_kv_head) * head_dim + 3 * c.n_embd * c.ffn_dim
+        return 6 * (c.n_layer * block + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def rope(start, length, config, x):
+    """cos and sin (length, head_dim) of RoPE's angles at positions start.. , in x's dtype and device."""
+    dim = config.n_embd // config.n_head
+    frequency = config.rope_theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
+    angle = torch.outer(torch.arange(start, start + length, device=x.device, dtype=torch.float32), frequency)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE on x (..., T, head_dim), the two halves of a head as a pair's two coordinates, as Hugging Face lays it out."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the logits h W^T, LOSS_CHUNK tokens at a time, so that (T, V) logits never exist.
+
+    Each chunk's gradients are taken while its logits are at hand, in forward: one pass, no recomputation.
+    h (T, C), weight (V, C), targets (T,) int64 or -1. Returns the loss, float32; all targets -1 give 0."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, need_grad):
+        n = (targets >= 0).sum().clamp(min=1)
+        loss = torch.zeros((), device=h.device)
+        if need_grad:
+            dh, dw = torch.empty_like(h), torch.zeros_like(weight)
+        for i in range(0, len(h), LOSS_CHUNK):
+            x, t = h[i : i + LOSS_CHUNK], targets[i : i + LOSS_CHUNK, None]
+            logits = F.linear(x, weight).float()  # (chunk, V)
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            valid = (t >= 0).float()
+            t = t.clamp(min=0)
+            loss += ((log_z - logits.gather(1, t)) * valid).sum()
+            if need_grad:
+                g = logits.sub_(log_z).exp_()  # softmax
+                g = g.scatter_add_(1, t, -torch.ones_like(valid)).mul_(valid / n).to(h.dtype)
+                dh[i : i + LOSS_CHUNK] = g @ weight
+                dw.addmm_(g.T, x)
+        if need_grad:
+            ctx.save_for_backward(dh, dw)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return dh.mul_(grad), dw.mul_(grad), None, None  # in place: at 7B dw alone is 0.4 GiB
