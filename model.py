@@ -9,7 +9,8 @@ copy for one product at a time, and in backward never forms its gradient: it han
 to a hook that the optimizer sets (see qgalore.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -185,6 +186,16 @@ class LLaMA(nn.Module):
             self.head.weight = self.embed.weight
         else:
             nn.init.normal_(self.head.weight, std=INIT_STD)
+
+    @classmethod
+    def from_settings(cls, settings, device, dtype):
+        """The model that a run's settings (train.py's, a dict) describe: QLinear for qgalore, else torch's Linear."""
+        config = LLaMAConfig(**{f.name: settings[f.name] for f in fields(LLaMAConfig) if f.name in settings})
+        if settings["method"] == "qgalore":
+            linear = partial(QLinear, bits=settings["weight_bits"], group_size=settings["weight_group_size"])
+        else:
+            linear = partial(nn.Linear, bias=False)
+        return cls(config, linear, device, dtype)
 
     def forward(self, idx, targets=None, caches=None, position=0):
         """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token, float32;

@@ -26,7 +26,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from model import QLinear
-from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from quant import GROUP_SIZE, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 ROWS = 1024  # rows of a weight updated at once: at 7B its float copies take 5 x 16 MiB a thousand columns, not 5 x 172
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
@@ -58,6 +58,11 @@ class Projection:
         if self.bits == 16:
             return self.basis[0].to(dtype)
         return (dequantize_int4 if self.bits == 4 else dequantize_int8)(*self.basis, dtype=dtype)
+
+    def nbytes(self):
+        """Bytes of the basis."""
+        groups = self.dim * -(-self.rank // GROUP_SIZE)
+        return 4 * self.dim * self.rank if self.bits == 16 else -(-self.dim * self.rank * self.bits // 8) + 8 * groups
 
     def project(self, x, dy):
         """R (the other side, rank), float32, from x (T, in) and dy (T, out)."""
@@ -274,7 +279,11 @@ class QGaLore:
         self.steps = dict(state["steps"])
         for name, tensors in state["moments"].items():
             self.moments[name] = moments = Moments.__new__(Moments)
-            vars(moments).update(tensors)
+            vars(moments).update({key: self._here(value) for key, value in tensors.items()})
         for name, projection in state["projections"].items():
-            self.projections[name].load_state_dict(projection)
+            basis = projection["basis"] and tuple(map(self._here, projection["basis"]))
+            self.projections[name].load_state_dict(projection | {"basis": basis})
         self.generator.set_state(state["generator"].cpu())
+
+    def _here(self, value):
+        return value.to(self.generator.device) if isinstance(value, torch.Tensor) else value

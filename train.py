@@ -1,0 +1,446 @@
+"""
+Train a LLaMA on token shards with Q-GaLore, or with full-rank Adam to compare, on one GPU or on the CPU:
+    python train.py config/demo.py                          # minutes on any machine, nothing to download
+    python train.py config/llama_7b.py --dry_run=True       # what it takes, before it takes it
+    python train.py config/llama_7b.py --init_from=resume   # go on after a stop
+"""
+
+import glob
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configurator import configure
+from model import LLaMA, LOSS_CHUNK, QLinear
+from prepare_c4 import get_encoding, prepare, read_shard, replacing
+from qgalore import MIN_8BIT, ROWS, Projection, QGaLore
+from sample import stream
+
+# -----------------------------------------------------------------------------
+# output
+out_dir = "out"  # config.json, log.jsonl, ckpt.pt, loss.png
+eval_interval = 500  # steps between evaluations; each is followed by a checkpoint
+eval_iters = 40  # batches an evaluation reads, always the same ones
+log_interval = 10  # steps between lines of log.jsonl
+eval_only = False  # evaluate once and leave
+init_from = "scratch"  # or "resume": go on from out_dir/ckpt.pt
+sample_tokens = 0  # tokens to generate and show at the end
+wandb_log = False
+tensorboard_log = False
+project = "qgalore"  # name of the W&B project
+dry_run = False  # print the memory that this run would take, and leave
+# data
+data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py and llm.c write them
+data_input = ""  # what to make data_dir's shards of if it has none: "docs", or text files (prepare_c4.py's --input)
+encoding = "gpt2"  # of the shards; "bytes", or a rank file
+batch_size = 16  # sequences a micro-batch
+block_size = 256  # tokens a sequence
+gradient_accumulation_steps = 1  # micro-batches a step
+# model
+n_layer = 8
+n_head = 8
+n_kv_head = 0  # key/value heads, 0 = n_head
+n_embd = 512
+ffn_dim = 1376
+vocab_size = 50304  # GPT-2's 50257, padded to a multiple of 64
+rope_theta = 10000.0
+tie_embedding = False
+checkpoint_activations = False  # compute each block's forward again in backward; keep only its input
+# method
+method = "qgalore"  # or "adamw" (torch, float32 weights) or "adam8bit" (bitsandbytes, stepped in backward)
+rank = 128  # of the projections
+proj_gap = 200  # steps between a layer's refreshes, at first
+proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
+proj_k = 5  # refreshes in that mean
+proj_bits = 4  # 4, 8 or 16 (not quantised)
+proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
+galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
+weight_bits = 8  # 8, or 16: not quantised, in `dtype`
+weight_group_size = 256
+stochastic_rounding = True  # False: INT8 weights round to nearest
+moment_bits = 8  # 8 or 32
+# optimizer
+learning_rate = 0.01
+max_iters = 10000  # steps
+weight_decay = 0.0  # decoupled, on matrices
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-8
+grad_clip = 0.0  # adamw: the global norm; else each weight's own; 0 = off
+decay_lr = True  # cosine from learning_rate to min_lr
+warmup_iters = 1000
+lr_decay_iters = 0  # 0 = max_iters
+min_lr = -1.0  # negative = a tenth of learning_rate
+# system
+device = "auto"  # cuda where there is one, else cpu
+dtype = "auto"  # bfloat16 where the GPU has it, else float32
+seed = 1337
+# -----------------------------------------------------------------------------
+
+SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
+              "weight_bits", "weight_group_size", "rank", "proj_bits", "moment_bits")  # fmt: skip
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
+              "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)  # fmt: skip
+GIB = 2**30
+
+
+class Windows:
+    """Windows of block_size + 1 tokens out of memory-mapped shards, in an order drawn from `seed`: each epoch takes the
+    shards in a new order and each shard's windows in a new order, and sees each window once. seed None: in file order.
+    `position`, the windows read so far, is all the state there is."""
+
+    def __init__(self, pattern, block_size, vocab_size, seed=None):
+        self.paths = sorted(glob.glob(pattern))
+        if not self.paths:
+            raise SystemExit(f"error: no shards {pattern}; make them with prepare_c4.py, or name their folder: data_dir")
+        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
+        self.counts = []
+        for path in self.paths:
+            tokens, n_vocab = read_shard(path)
+            if n_vocab > vocab_size:
+                raise SystemExit(f"error: {path}: its vocabulary has {n_vocab} tokens, vocab_size is {vocab_size}")
+            if len(tokens) <= block_size:
+                raise SystemExit(f"error: {path}: {len(tokens)} tokens are less than one sequence of block_size + 1")
+            self.counts.append((len(tokens) - 1) // block_size)
+        self.total, self.position = sum(self.counts), 0
+        self.epoch = self.shard = None
+
+    def batch(self, n):
+        """The next n windows: x, y (n, block_size) int64, y one token ahead."""
+        rows = np.stack([self._next() for _ in range(n)]).astype(np.int64)  # (n, block_size + 1)
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def _next(self):
+        epoch, i = divmod(self.position, self.total)
+        self.position += 1
+        if epoch != self.epoch:
+            self.epoch, self.shard = epoch, None
+            self.order = self._permutation(len(self.paths), epoch)
+            self.ends = np.cumsum([self.counts[s] for s in self.order])
+        place = int(np.searchsorted(self.ends, i, side="right"))
+        shard = int(self.order[place])
+        if shard != self.shard:
+            self.shard, self.tokens = shard, read_shard(self.paths[shard])[0]
+            if self.tokens.max() >= self.vocab_size:
+                raise SystemExit(f"error: {self.paths[shard]}: token {self.tokens.max()} is beyond vocab_size "
+                                 f"{self.vocab_size}")  # fmt: skip
+            self.windows = self._permutation(self.counts[shard], epoch, shard + 1)
+        start = self.windows[i - self.ends[place]] * self.block_size  # counted from the shard's end
+        return self.tokens[start : start + self.block_size + 1]
+
+    def _permutation(self, n, *key):
+        return np.arange(n) if self.seed is None else np.random.default_rng((self.seed, *key)).permutation(n)
+
+
+def learning_rate_at(it):
+    """Linear warm-up, then a cosine to min_lr, then min_lr."""
+    low = min_lr if min_lr >= 0 else learning_rate / 10
+    last = lr_decay_iters or max_iters
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if not decay_lr:
+        return learning_rate
+    progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters))
+    return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
+
+
+def memory_plan(config, dtype, method):
+    """{part: bytes} of a run, its model laid out on the meta device, where nothing is allocated. Weights and optimizer
+    state are exact; activations and scratch are counted by hand from model.py and qgalore.py."""
+    model, c, size = LLaMA.from_settings(config, "meta", dtype), config, dtype.itemsize
+    tokens = c["batch_size"] * c["block_size"]
+    kv = c["n_embd"] // c["n_head"] * c["n_kv_head"]
+    saved = size * (4 * c["n_embd"] + 2 * kv + 4 * c["ffn_dim"]) + 8 * c["n_embd"]  # a token and block; norms in float32
+    plan = dict.fromkeys(["weights", "embedding, head, norms", "projections", "moments", "gradients"], 0)
+    scratch = [3 * LOSS_CHUNK * c["vocab_size"] * 4]
+    low_rank = 0
+    for layer in model.modules():
+        if isinstance(layer, QLinear):
+            plan["weights"] += sum(b.nbytes for b in layer.buffers())
+            p = Projection(layer.out_features, layer.in_features, c["rank"], bits=c["proj_bits"])
+            other = layer.in_features + layer.out_features - p.dim
+            plan["projections"] += p.nbytes()
+            plan["moments"] += moment_bytes(other * p.rank, c["moment_bits"])
+            low_rank += 4 * other * p.rank
+            scratch.append(layer.in_features * layer.out_features * size + 20 * ROWS * layer.in_features
+                           + 12 * other * p.rank + 12 * p.dim * p.rank)  # fmt: skip
+    bits = {"adamw": 32, "adam8bit": 8, "qgalore": c["moment_bits"]}[method]
+    sizes = [p.nbytes for p in model.parameters()]
+    plan["embedding, head, norms" if method == "qgalore" else "weights"] += sum(sizes)
+    plan["moments"] += sum(moment_bytes(p.numel(), bits) for p in model.parameters())
+    in_backward = method != "adamw" and c["gradient_accumulation_steps"] == 1
+    plan["gradients"] = 2 * max(sizes) if in_backward else sum(sizes) + low_rank
+    blocks = 1 if c["checkpoint_activations"] else c["n_layer"]
+    plan["activations"] = tokens * (blocks * saved + c["n_layer"] * c["n_embd"] * size)
+    plan["scratch"] = max(scratch)
+    return plan
+
+
+def moment_bytes(n, bits):
+    return 8 * n if bits == 32 or n < MIN_8BIT else 2 * (n + 4 * -(-n // 256))
+
+
+def memory_free(device):
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_peak(device):
+    """Peak GiB so far: allocated by torch on a GPU, resident on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def save_checkpoint(path, checkpoint):
+    """Write beside the old one, sync, then rename: whatever happens, `path` is a whole checkpoint."""
+    try:
+        with replacing(path) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as e:
+        kept = "; the one before it is whole" if os.path.exists(path) else ""
+        raise SystemExit(f"error: could not save {path}: {e}{kept}")
+
+
+def load_checkpoint(path, config):
+    """Read a checkpoint of this model and method; exits with one line if it is anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = checkpoint["config"]
+        checkpoint["model"], checkpoint["optimizer"], checkpoint["iter"], checkpoint["position"]
+    except FileNotFoundError:
+        raise SystemExit(f"error: {path} does not exist: there is nothing to resume in out_dir")
+    except Exception as e:  # torch raises many kinds on a damaged or foreign file
+        raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({type(e).__name__})")
+    for key in SHAPE_KEYS:
+        if saved.get(key) != config[key]:
+            raise SystemExit(f"error: {path} was trained with {key} = {saved.get(key)!r}, this run has {config[key]!r}")
+    return checkpoint
+
+
+def plot_loss(out_dir):
+    """Draw loss.png from log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(os.path.join(out_dir, "log.jsonl")) as f:
+        log = [json.loads(line) for line in f]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for key, style in (("loss", {"lw": 1, "alpha": 0.5}), ("val_loss", {"marker": "o", "ms": 3})):
+        lines = [entry for entry in log if entry.get(key) is not None]
+        axes.plot([e["tokens"] for e in lines], [e[key] for e in lines], label=key, **style)
+    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=out_dir)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(os.path.join(out_dir, "loss.png"), dpi=120)
+    plt.close(figure)
+
+
+def main():
+    config = configure(globals())
+    config["n_kv_head"] = n_kv_head or n_head
+    if method not in ("qgalore", "adamw", "adam8bit"):
+        raise SystemExit(f"error: method {method!r}: there are qgalore, adamw and adam8bit")
+    if init_from not in ("scratch", "resume"):
+        raise SystemExit(f"error: init_from {init_from!r}: there are scratch and resume")
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda"):
+        raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
+    have_device = kind == "cpu" or torch.cuda.is_available()
+    if not have_device and not dry_run:
+        raise SystemExit("error: device=cuda, but torch finds no CUDA GPU; use --device=cpu, or mend the driver")
+    bf16 = kind == "cuda" and (not have_device or torch.cuda.is_bf16_supported())
+    name = dtype if dtype != "auto" else "bfloat16" if bf16 else "float32"
+    if name not in ("float32", "bfloat16"):
+        raise SystemExit(f"error: dtype {dtype!r}: there are auto, bfloat16 and float32")
+    compute_dtype = getattr(torch, name)
+    weight_dtype = torch.float32 if method == "adamw" else compute_dtype  # adamw: float32 weights under autocast
+
+    # memory, before anything is allocated
+    try:
+        plan = memory_plan(config, weight_dtype, method)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+    need, free = sum(plan.values()), memory_free(kind) if have_device else None
+    if dry_run:
+        for part, count in (plan | {"total": need}).items():
+            print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
+        if free is None:
+            print("device=cuda: there is no CUDA GPU here to compare with")
+        else:
+            print(f"{kind} has {free / GIB:.2f} GiB free: {'enough' if need <= free else 'NOT enough'}")
+        return
+    if need > free:
+        largest = max(plan, key=plan.get)
+        lower = {"activations": "batch_size, block_size, or set checkpoint_activations=True", "scratch": "vocab_size",
+                 "moments": "rank", "projections": "rank", "gradients": "gradient_accumulation_steps"}  # fmt: skip
+        raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {kind} has {free / GIB:.2f} free; the "
+                         f"largest part is {largest}, {plan[largest] / GIB:.2f}: lower "
+                         f"{lower.get(largest, 'n_layer or n_embd')} (--dry_run=True lists all)")  # fmt: skip
+
+    # output folder
+    ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
+    checkpoint = load_checkpoint(ckpt_path, config) if init_from == "resume" else None
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if checkpoint is None:  # a run that was here before is set aside, not overwritten
+            for path in (ckpt_path, log_path):
+                if os.path.exists(path):
+                    os.replace(path, path.replace("ckpt", "previous_ckpt").replace("log.", "previous_log."))
+        else:  # drop what was logged after the checkpoint: those steps come again
+            kept = [s for s in open(log_path) if json.loads(s)["iter"] < checkpoint["iter"]]
+            with replacing(log_path) as f:
+                f.write("".join(kept).encode())
+        with replacing(os.path.join(out_dir, "config.json")) as f:
+            f.write(json.dumps(config, indent=1).encode())
+        log_file = open(log_path, "a", buffering=1)  # a line is on its way to disk as soon as it is written
+    except OSError as e:
+        raise SystemExit(f"error: cannot write to out_dir {out_dir}: {e.strerror}")
+
+    # data
+    if data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
+        prepare(input=data_input, out_dir=data_dir, encoding=encoding)
+    train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, vocab_size, seed)
+    val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, vocab_size)
+
+    # model and optimizer
+    torch.manual_seed(seed)
+    model = LLaMA.from_settings(config, kind, weight_dtype)
+    if method == "adamw":
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps)
+    else:
+        optimizer = QGaLore(model, learning_rate, (beta1, beta2), adam_eps, weight_decay, rank, proj_gap, galore_scale,
+                            proj_threshold, proj_k, proj_bits, moment_bits if method == "qgalore" else 8,
+                            stochastic_rounding, proj_svd, grad_clip, seed)  # fmt: skip
+        clamped = [name for name, p in optimizer.projections.items() if p.rank < rank]
+        if clamped:
+            print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
+                  f"them: these train at full rank")  # fmt: skip
+    autocast = torch.autocast(kind, compute_dtype) if compute_dtype != weight_dtype else nullcontext()
+    start = 0
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, train_data.position = checkpoint["iter"], checkpoint["position"]
+        del checkpoint
+
+    @torch.no_grad()
+    def evaluate():
+        val_data.position = 0
+        n = max(1, min(eval_iters, val_data.total // batch_size))
+        losses = []
+        for _ in range(n):
+            x, y = (t.to(kind) for t in val_data.batch(batch_size))
+            with autocast:
+                losses.append(model(x, y).item())
+        return sum(losses) / n
+
+    def save(it):
+        save_checkpoint(ckpt_path, {"config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                    "iter": it, "position": train_data.position})  # fmt: skip
+
+    if wandb_log:
+        import wandb
+
+        wandb.init(project=project, name=out_dir, config=config, resume="allow")
+    if tensorboard_log:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out_dir)
+
+    def log(entry):
+        log_file.write(json.dumps(entry) + "\n")
+        if wandb_log:
+            wandb.log(entry, step=entry["iter"])
+        if tensorboard_log:
+            for key, value in entry.items():
+                writer.add_scalar(key, value, entry["iter"])
+
+    stopped = []  # the signal that asked us to stop
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stopped.append(signal.Signals(number).name))
+
+    # the loop
+    gpu = torch.cuda.get_device_name() if kind == "cuda" else ""
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    tokens_per_step = batch_size * block_size * gradient_accumulation_steps
+    bar = tqdm(total=max_iters, initial=start, unit="step", dynamic_ncols=True, disable=None)
+    it, val_loss, clock, clock_it, skipped = start, None, time.perf_counter(), start, 0
+    while True:
+        if it % eval_interval == 0 or it >= max_iters or eval_only:
+            val_loss = evaluate()
+            log({"iter": it, "val_loss": val_loss, "tokens": it * tokens_per_step})
+            tqdm.write(f"step {it}: val loss {val_loss:.4f}")
+            if it > start and not eval_only:
+                save(it)
+            clock, clock_it = time.perf_counter(), it
+        if it >= max_iters or eval_only:
+            break
+        lr = learning_rate_at(it)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=kind)
+        for micro in range(gradient_accumulation_steps):
+            x, y = (t.to(kind, non_blocking=True) for t in train_data.batch(batch_size))
+            optimizer.accumulating = micro < gradient_accumulation_steps - 1
+            with autocast:
+                micro_loss = model(x, y) / gradient_accumulation_steps
+            micro_loss.backward()  # for qgalore and adam8bit this is the step, too
+            loss += micro_loss.detach()
+        if method == "adamw":
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        it += 1
+        bar.update()
+        if (it - 1) % log_interval == 0 or stopped:
+            entry = {"iter": it - 1, "loss": loss.item(), "lr": lr, "tokens": it * tokens_per_step}  # .item() waits for the GPU
+            now = time.perf_counter()
+            entry["tokens_per_s"] = (it - clock_it) * tokens_per_step / (now - clock)
+            clock, clock_it = now, it
+            entry["peak_memory_gb"] = memory_peak(kind)
+            stats = {"grad_norm": norm.item()} if method == "adamw" else optimizer.pop_stats()
+            entry.update(stats)
+            if peak_flops:
+                entry["mfu"] = entry["tokens_per_s"] * model.flops_per_token() / peak_flops
+            log(entry)
+            bar.set_postfix(loss=f"{entry['loss']:.3f}", tokens_per_s=f"{entry['tokens_per_s']:.0f}")
+        if stopped:
+            save(it)
+            break
+    bar.close()
+    plot_loss(out_dir)
+    if stopped:
+        print(f"{stopped[0]}: saved step {it}; go on with the same command and --init_from=resume")
+        return
+    if sample_tokens:
+        prompt = val_data.batch(1)[0][:, :32].to(kind)
+        print("--- a sample: the prompt, then what the model makes of it")
+        stream(model, get_encoding(encoding), prompt, sample_tokens, temperature=0.7, top_k=40, top_p=1.0, seed=seed)
+    print(f"--- {out_dir}: val loss {val_loss:.4f}, peak memory {memory_peak(kind):.2f} GiB; see {out_dir}/loss.png")
+    print(f"next: python sample.py --out_dir={out_dir} --prompt='The function'   or   python prepare_c4.py --shards=1 && "
+          f"python train.py config/llama_60m.py")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
