@@ -22,7 +22,8 @@ def configure(settings, argv=None, skip_unknown_in_files=False):
             key, equals, text = arg[2:].partition("=")
             if not equals:
                 raise SystemExit(f"error: {arg}: write it as --key=value")
-            config[_known(key, config, arg)] = _typed(key, _literal(text, config[key]), config[key], arg)
+            default = config[_known(key, config, arg)]
+            config[key] = _typed(key, _literal(text, default), default, arg)
         else:
             names = dict(config)
             try:
@@ -37,7 +38,8 @@ def configure(settings, argv=None, skip_unknown_in_files=False):
                     continue  # imports and functions that the file uses
                 if key not in config and skip_unknown_in_files:
                     continue
-                config[_known(key, config, arg)] = _typed(key, value, config[key], arg)
+                default = config[_known(key, config, arg)]
+                config[key] = _typed(key, value, default, arg)
     settings.update(config)
     return config
 

@@ -180,8 +180,8 @@ def memory_plan(config, dtype, method):
     plan["moments"] += sum(moment_bytes(p.numel(), bits) for p in model.parameters())
     in_backward = method != "adamw" and c["gradient_accumulation_steps"] == 1
     plan["gradients"] = 2 * max(sizes) if in_backward else sum(sizes) + low_rank
-    blocks = 1 if c["checkpoint_activations"] else c["n_layer"]
-    plan["activations"] = tokens * (blocks * saved + c["n_layer"] * c["n_embd"] * size)
+    kept = saved + c["n_layer"] * c["n_embd"] * size if c["checkpoint_activations"] else c["n_layer"] * saved
+    plan["activations"] = tokens * (kept + 3 * c["n_embd"] * size)  # three more around the head
     plan["scratch"] = max(scratch)
     return plan
 
@@ -264,6 +264,8 @@ def main():
     if kind not in ("cpu", "cuda"):
         raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
     have_device = kind == "cpu" or torch.cuda.is_available()
+    if proj_bits not in (4, 8, 16) or weight_bits not in (8, 16) or moment_bits not in (8, 32):
+        raise SystemExit("error: proj_bits is 4, 8 or 16, weight_bits 8 or 16, moment_bits 8 or 32")
     if not have_device and not dry_run:
         raise SystemExit("error: device=cuda, but torch finds no CUDA GPU; use --device=cpu, or mend the driver")
     bf16 = kind == "cuda" and (not have_device or torch.cuda.is_bf16_supported())

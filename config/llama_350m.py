@@ -1,0 +1,15 @@
+# LLaMA 350M on C4 by the paper's recipe: 7.9 billion tokens.
+out_dir = "out-350m"
+n_layer = 24
+n_head = 16
+n_embd = 1024
+ffn_dim = 2736
+
+batch_size = 16
+gradient_accumulation_steps = 32  # 512 sequences a step
+rank = 256
+proj_gap = 200
+learning_rate = 0.01
+max_iters = 60000
+warmup_iters = 6000
+eval_interval = 1000

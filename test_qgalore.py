@@ -1,0 +1,1100 @@
+"""
+The tests, a second reading of the method. All run on a CPU and make their own data:
+    python -m pytest test_qgalore.py
+"""
+
+import base64
+import contextlib
+import glob
+import gzip
+import http.server
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import prepare_c4
+import train
+from configurator import configure
+from model import LLaMA, LLaMAConfig, QLinear
+from prepare_c4 import get_encoding, prepare, read_shard, write_shard
+from qgalore import Projection, QGaLore, similarity
+from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, stochastic_round
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# -----------------------------------------------------------------------------
+# quant.py: number formats
+
+
+@pytest.mark.parametrize("rows,cols,group", [(3, 512, 256), (4, 300, 256), (5, 300, 64), (1, 7, 256), (1, 7, 2), (2, 1, 1), (3, 9, 4)])
+def test_quantising_errs_by_half_a_grid_unit_at_most_and_takes_exactly_the_bytes_it_should(rows, cols, group):
+    w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+    for bits, quantize, dequantize in ((8, quantize_int8, dequantize_int8), (4, quantize_int4, dequantize_int4)):
+        q, scale, zero = quantize(w, group)
+        assert q.numel() * q.element_size() == math.ceil(w.numel() * bits / 8)
+        assert scale.shape == zero.shape == (rows, math.ceil(cols / group))
+        back = dequantize(q, scale, zero)
+        half = scale.repeat_interleave(group, dim=1)[:, :cols] / 2
+        assert back.shape == w.shape and ((back - w).abs() <= half * 1.001 + 1e-6).all()
+
+
+def test_a_group_of_equal_values_comes_back_exactly():
+    w = torch.tensor([[0.02] * 300, [0.0] * 300, [-7.0] * 300])
+    assert torch.equal(dequantize_int8(*quantize_int8(w, stochastic=True)), w)
+    assert torch.equal(dequantize_int4(*quantize_int4(w)), w)
+
+
+def test_a_group_size_that_is_not_a_power_of_two_is_refused():
+    with pytest.raises(ValueError, match="power of two"):
+        quantize_int8(torch.randn(2, 300), group_size=100)
+
+
+def test_stochastic_rounding_is_unbiased():
+    n, generator = 200_000, torch.Generator().manual_seed(0)
+    for fraction in (0.01, 0.3, 0.5, 0.99):
+        for whole in (-3, 0, 100):
+            draws = stochastic_round(torch.full((n,), whole + fraction), generator)
+            assert set(draws.unique().tolist()) == {whole, whole + 1}
+            error = draws.double().mean().item() - whole - fraction
+            assert abs(error) < 4 * math.sqrt(fraction * (1 - fraction) / n) + 1e-5  # 1e-5: float32's own at 100.01
+
+
+def test_weights_that_are_quantised_again_unmoved_keep_their_codes():
+    q, scale, zero = quantize_int8(torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * 0.02)
+    start, generator = q, torch.Generator().manual_seed(1)
+    for _ in range(300):
+        q, scale, zero = quantize_int8(dequantize_int8(q, scale, zero), stochastic=True, generator=generator)
+    assert (q != start).float().mean() < 1e-3
+
+
+def test_repeated_requantisation_of_moving_weights_neither_shrinks_nor_shifts_them():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(256, 256, generator=generator) * 0.02 + 0.005  # off centre: a rounded zero point would show
+    codes, total = quantize_int8(w), torch.zeros_like(w)
+    w0 = dequantize_int8(*codes)
+    for _ in range(300):
+        step = torch.randn(w.shape, generator=generator) * 2e-5  # about a tenth of a grid unit
+        codes = quantize_int8(dequantize_int8(*codes) + step, stochastic=True, generator=generator)
+        total += step
+    error = dequantize_int8(*codes) - w0 - total  # what rounding added: it has mean 0, and no part along w
+    n = w.numel()
+    assert error.mean().abs() < 4 * error.std() / n**0.5
+    along = (error * w0).sum() / w0.square().sum()
+    assert along.abs() < 4 * error.std() / w0.norm()
+
+
+def test_steps_of_a_hundredth_of_a_grid_unit_add_up_only_with_stochastic_rounding():
+    w = torch.linspace(-1, 1, 256).repeat(64, 1)[:, torch.randperm(256, generator=torch.Generator().manual_seed(0))]
+    inner = w.abs() < 0.9  # the ends of a group set its grid, and stay where they are
+    for stochastic in (True, False):
+        layer = QLinear(256, 64)
+        layer.set_weight(w)
+        unit, start, generator = layer.scale.mean().item(), layer.float_weight(), torch.Generator().manual_seed(0)
+        delta = torch.where(inner, 0.01 * unit, 0.0)
+        for _ in range(1000):
+            layer.add_(delta, stochastic=stochastic, generator=generator)
+        moved = ((layer.float_weight() - start)[inner] / unit).double()
+        if stochastic:  # each step's error is at most Bernoulli: variance under 0.01 a step, 10 in all
+            assert abs(moved.mean().item() - 10) < 4 * math.sqrt(10 / inner.sum().item())
+        else:
+            assert moved.abs().max() < 1e-3
+
+
+def test_a_small_uniform_step_moves_weights_in_full_because_the_sum_is_formed_in_float32():
+    torch.manual_seed(0)
+    layer = QLinear(512, 512, dtype=torch.bfloat16)  # where the sum in bfloat16 loses four fifths of the step
+    start = layer.float_weight().double().mean()
+    layer.add_(torch.full((512, 512), 1e-5), generator=torch.Generator().manual_seed(0))
+    moved = (layer.float_weight().double().mean() - start).item()
+    noise = layer.scale.max().item() * 0.5 / 512
+    assert abs(moved - 1e-5) < 4 * noise and noise < 1e-6
+
+
+# -----------------------------------------------------------------------------
+# model.py
+
+
+def tiny(**changes):
+    shape = dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=88)
+    return LLaMAConfig(**(shape | changes))
+
+
+def tokens(batch=2, length=32, vocab=61, seed=0):
+    data = torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+    return data[:, :-1].clone(), data[:, 1:].clone()
+
+
+def full_rank(n_in, n_out, device=None, dtype=None):
+    return nn.Linear(n_in, n_out, bias=False, device=device, dtype=dtype)
+
+
+def test_qlinear_hands_its_hook_the_two_factors_of_the_weights_gradient():
+    torch.manual_seed(0)
+    layer, seen = QLinear(24, 40), []
+    layer.hook = lambda *args: seen.append(args)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    w = layer.float_weight().requires_grad_()
+    dy = torch.randn(2, 5, 40)
+    expected = torch.autograd.grad(F.linear(x, w), (x, w), dy)
+    layer(x).backward(dy)
+    (same, a, b), = seen
+    assert same is layer and a.shape == (10, 24) and b.shape == (10, 40)
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(b.T @ a, expected[1])
+
+
+def test_without_a_hook_backward_leaves_the_weight_alone_and_gives_the_inputs_gradient():
+    layer, x = QLinear(24, 40), torch.randn(3, 24, requires_grad=True)
+    before = layer.q.clone()
+    layer(x).sum().backward()
+    assert torch.equal(layer.q, before) and x.grad.abs().sum() > 0
+
+
+def test_the_chunked_loss_and_its_gradients_are_cross_entropys():
+    torch.manual_seed(0)
+    model = LLaMA(tiny(block_size=600, vocab_size=13), linear=full_rank)  # 1200 tokens: three chunks, the last short
+    x, y = tokens(2, 600, 13)
+    y[0, :100] = -1
+    names = ["head.weight", "embed.weight", "norm.weight"]
+    parameters = [model.get_parameter(name) for name in names]
+    loss = model(x, y)
+    got = torch.autograd.grad(loss, parameters)
+    h = []
+    model.norm.register_forward_hook(lambda module, args, out: h.append(out))
+    model(x)
+    expected_loss = F.cross_entropy((h[0] @ model.head.weight.T).flatten(0, 1), y.flatten(), ignore_index=-1)
+    expected = torch.autograd.grad(expected_loss, parameters)
+    torch.testing.assert_close(loss, expected_loss)
+    for name, a, b in zip(names, got, expected):
+        torch.testing.assert_close(a, b, msg=lambda m: f"{name}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, y), expected_loss)
+        assert model(x, torch.full_like(y, -1)).item() == 0
+
+
+@pytest.mark.parametrize("kv_heads,tie", [(4, False), (2, True)])
+def test_the_model_is_the_llama_of_transformers(kv_heads, tie):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    c = tiny(n_kv_head=kv_heads, tie_embedding=tie)
+    ours = LLaMA(c, linear=full_rank)
+    for p in ours.parameters():
+        nn.init.normal_(p, mean=0.5 if p.ndim == 1 else 0, std=0.2)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        max_position_embeddings=c.block_size, tie_word_embeddings=tie))  # fmt: skip
+    rename = {"embed.": "model.embed_tokens.", "blocks.": "model.layers.", "attn_norm": "input_layernorm",
+              "mlp_norm": "post_attention_layernorm", ".attn.": ".self_attn.", "head.": "lm_head."}  # fmt: skip
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        name = "model." + name if name == "norm.weight" else name
+        for old, new in rename.items():
+            name = name.replace(old, new)
+        state[name] = tensor
+    theirs.load_state_dict(state)
+    x, y = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x).logits[:, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours(x, y), F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()))
+
+
+def test_generation_with_the_cache_picks_the_tokens_that_recomputing_picks():
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    for layer in model.modules():
+        if isinstance(layer, QLinear):
+            layer.set_weight(layer.float_weight() * 10)  # sharp enough that no two logits tie
+    idx, _ = tokens(3, 8)
+    got = torch.cat(list(model.generate(idx, 20, temperature=0)), dim=1)
+    for _ in range(20):
+        with torch.no_grad():
+            idx = torch.cat([idx, model(idx).argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(got, idx[:, 8:])
+
+
+def test_generation_runs_past_block_size():
+    torch.manual_seed(0)
+    out = list(LLaMA(tiny(block_size=8)).generate(tokens(1, 12)[0], 20, top_k=5))
+    assert len(out) == 20 and all(0 <= t.item() < 61 for t in out)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_top_k_the_likeliest():
+    model = LLaMA(tiny())
+    probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    model.forward = lambda *args, **kwargs: torch.cat([torch.full((1, 57), -99.0), probability.log()[None]], dim=1)
+    draw = lambda **how: {t.item() - 57 for t in model.generate(torch.zeros(1, 1, dtype=torch.long), 200, generator=torch.Generator().manual_seed(0), **how)}  # fmt: skip  # noqa: E501
+    assert draw(top_p=0.7) == {0, 1} and draw(top_k=3) == {0, 1, 2} and draw(temperature=0) == {0}
+
+
+def run_steps(model, optimizer, n, batch=2, vocab=61):
+    losses = []
+    for i in range(n):
+        x, y = tokens(batch, vocab=vocab, seed=i)
+        loss = model(x, y)
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else():
+    states = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = LLaMA(tiny(checkpoint_activations=on))
+        run_steps(model, QGaLore(model, rank=8, gap=2), 5)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# -----------------------------------------------------------------------------
+# qgalore.py: the method
+
+
+class Live(TorchDispatchMode):
+    """Follows every float storage of at least `floor` bytes that an operation makes."""
+
+    def __init__(self, floor):
+        super().__init__()
+        self.floor, self.refs = floor, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.untyped_storage().nbytes() >= self.floor:
+                self.refs[t.untyped_storage()._cdata] = (StorageWeakRef(t.untyped_storage()), tuple(t.shape))
+        return out
+
+    def alive(self):
+        return [shape for ref, shape in self.refs.values() if not ref.expired()]
+
+
+@pytest.mark.parametrize("svd", [False, True])
+def test_nothing_of_a_weights_float_or_gradient_size_outlives_its_own_backward(svd):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(QLinear(512, 512) for _ in range(4)))
+    optimizer = QGaLore(model, rank=16, gap=2, svd=svd)
+    with Live(4 * 512 * 512) as live:
+        largest, step_layer = [], optimizer._step_layer
+
+        def watch(name, layer, x, dy):
+            before = live.alive()  # what the layers behind this one left
+            step_layer(name, layer, x, dy)
+            largest.append(before + live.alive())
+
+        for name, layer in model.named_modules():
+            if isinstance(layer, QLinear):
+                layer.hook = lambda layer, x, dy, name=name: watch(name, layer, x, dy)
+        for _ in range(3):
+            model(torch.randn(8, 512)).square().sum().backward()
+    assert len(largest) == 12 and live.refs  # large floats do come up, for a moment
+    assert all(shapes == [] for shapes in largest)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+def test_the_factored_gradient_is_the_projected_gradient(shape):
+    torch.manual_seed(0)
+    out, n_in = shape
+    x, dy = torch.randn(50, n_in), torch.randn(50, out)
+    projection = Projection(out, n_in, rank=8, bits=16)
+    projection.refresh(x, dy, step=0)
+    gradient, p = dy.T @ x, projection.matrix()
+    expected = gradient @ p if out >= n_in else gradient.T @ p
+    torch.testing.assert_close(projection.project(x, dy), expected)
+    torch.testing.assert_close(p.T @ p, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def plain_linear(model):
+    """The same model with torch's Linears in place of its QLinears (bits=16), their weights shared by value."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QLinear):
+            linear = full_rank(module.in_features, module.out_features)
+            linear.weight.data.copy_(module.weight)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], linear)
+    return model
+
+
+def float_llama(**changes):
+    torch.manual_seed(0)
+    return LLaMA(tiny(**changes), linear=lambda *args, **kwargs: QLinear(*args, bits=16, **kwargs))
+
+
+def test_at_full_rank_with_every_quantiser_off_it_is_adamw():
+    ours, theirs = float_llama(), plain_linear(float_llama())
+    QGaLore(ours, lr=0.01, weight_decay=0.1, rank=1000, scale=1.0, proj_bits=16, moment_bits=32, gap=3)
+    groups = [{"params": [p for p in theirs.parameters() if (p.ndim > 1) == decayed], "weight_decay": 0.1 * decayed}
+              for decayed in (True, False)]  # fmt: skip
+    adamw = torch.optim.AdamW(groups, lr=0.01)
+    for i in range(20):
+        x, y = tokens(seed=i)
+        ours(x, y).backward()
+        theirs(x, y).backward()
+        adamw.step()
+        adamw.zero_grad()
+    theirs = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        difference = (tensor - theirs[name]).norm() / theirs[name].norm()
+        assert difference < 1e-4, (name, difference)
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)])
+def test_with_exact_svd_and_nothing_quantised_it_steps_as_galores_own_optimizer(shape):
+    galore_torch = pytest.importorskip("galore_torch", reason="galore-torch is not installed")
+    torch.manual_seed(0)
+    layer = QLinear(shape[1], shape[0], bits=16)
+    theirs = nn.Parameter(layer.weight.clone())
+    QGaLore(layer, lr=0.01, eps=1e-12, weight_decay=0.0, rank=8, gap=10, scale=0.25, threshold=2.0, proj_bits=16,
+            moment_bits=32, svd=True)  # fmt: skip
+    group = {"params": [theirs], "rank": 8, "update_proj_gap": 10, "scale": 0.25, "proj_type": "std"}
+    galore = galore_torch.GaLoreAdamW([group], lr=0.01, eps=1e-12, no_deprecation_warning=True)
+    for _ in range(20):
+        x, target = torch.randn(64, shape[1]), torch.randn(64, shape[0])
+        (layer(x) - target).square().mean().backward()
+        (F.linear(x, theirs) - target).square().mean().backward()
+        galore.step()
+        galore.zero_grad()
+        assert (layer.weight - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_micro_batches_make_the_step_of_one_large_batch(n):
+    weights = []
+    for parts in (1, n):
+        torch.manual_seed(0)
+        model = nn.Sequential(QLinear(24, 40, bits=16), nn.Tanh(), QLinear(40, 24, bits=16), nn.Tanh(), nn.Linear(24, 3))
+        optimizer = QGaLore(model, rank=8, proj_bits=16, moment_bits=32)
+        x, _ = torch.randn(16, 24), torch.manual_seed(1)
+        optimizer.accumulating = False
+        model(x).square().mean().backward()  # the step that takes the basis: from the whole batch in both cases
+        for _ in range(3):
+            for i, part in enumerate(torch.randn(16, 24).chunk(parts)):
+                optimizer.accumulating = i < parts - 1
+                (model(part).square().mean() / parts).backward()
+        weights.append([t.clone() for t in model.state_dict().values()])
+    for a, b in zip(*weights):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_every_parameter_moves_at_the_rate_that_is_set(bits):
+    torch.manual_seed(0)
+    model = LLaMA(tiny(), linear=lambda *args, **kwargs: QLinear(*args, bits=bits, **kwargs))
+    optimizer = QGaLore(model, rank=8, scale=0.25, moment_bits=32, proj_bits=16, stochastic_rounding=False)
+    snapshot = lambda: {n: m.float_weight().clone() for n, m in model.named_modules() if isinstance(m, QLinear)} | {n: p.detach().clone() for n, p in model.named_parameters()}  # fmt: skip  # noqa: E501
+    for rate in (0.5, 0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        before = snapshot()
+        x, y = torch.arange(61).repeat(2)[:120].view(4, 30), torch.arange(1, 121).remainder(61).view(4, 30)
+        model(x, y).backward()
+        for name, after in snapshot().items():
+            moved = (after - before[name]).norm() / after.numel() ** 0.5
+            if rate and name in optimizer.projections:  # Adam's first step is +-1 in each of R's entries
+                p = optimizer.projections[name]
+                expected = 0.25 * rate * (p.rank / p.dim) ** 0.5
+            else:
+                expected = rate
+            assert moved.item() == pytest.approx(expected, rel=0.05, abs=1e-6), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_with_fewer_directions_than_the_rank_never_fail():
+    for svd in (False, True):
+        torch.manual_seed(0)
+        model = LLaMA(tiny())
+        optimizer = QGaLore(model, rank=16, gap=1, svd=svd)
+        x, y = tokens(1, 5)  # five tokens for rank 16
+        masked = torch.full_like(y, -1)
+        for target in (masked, y, masked, y):  # a zero gradient before there is any basis, and after
+            model(x, target).backward()
+        (0.0 * model(x, y)).backward()
+        assert all(t.isfinite().all() for t in model.state_dict().values() if t.is_floating_point())
+        for projection in optimizer.projections.values():
+            p = projection.matrix()
+            assert p.isfinite().all() and (p.T @ p - torch.eye(16)).abs().max() < 0.2  # INT4's error
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_skips_the_step_is_counted_and_training_goes_on(poison):
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    optimizer = QGaLore(model, rank=8, gap=1)
+    run_steps(model, optimizer, 2)
+    optimizer.pop_stats()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    (poison * model(*tokens())).backward()
+    n_weights = len(optimizer.projections) + sum(1 for _ in model.parameters())
+    assert optimizer.pop_stats()["skipped"] == n_weights
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(math.isfinite(loss) for loss in run_steps(model, optimizer, 3))
+    assert optimizer.pop_stats()["skipped"] == 0
+    assert not torch.equal(model.blocks[0].mlp.up_proj.q, before["blocks.0.mlp.up_proj.q"])
+
+
+def test_a_poisoned_first_batch_leaves_no_basis_and_the_next_one_trains():
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    optimizer = QGaLore(model, rank=8)
+    (float("nan") * model(*tokens())).backward()
+    assert optimizer.pop_stats()["refreshes"] == 0
+    run_steps(model, optimizer, 1)
+    assert optimizer.pop_stats() | {"grad_norm": 0} == {"grad_norm": 0, "skipped": 0, "refreshes": 14}
+
+
+def test_similarity_is_blind_to_signs_and_order_and_zero_for_chance():
+    torch.manual_seed(0)
+    p = torch.linalg.qr(torch.randn(200, 20))[0]
+    assert similarity(p, -p.flip(1)) == pytest.approx(1, abs=1e-5)
+    chance = [similarity(p, torch.linalg.qr(torch.randn(200, 20))[0]) for _ in range(20)]
+    assert abs(sum(chance) / 20) < 0.02
+    assert similarity(torch.eye(20), torch.linalg.qr(torch.randn(20, 20))[0]) == 1
+
+
+def test_a_layer_whose_subspace_rests_doubles_its_gap_and_one_that_turns_does_not():
+    torch.manual_seed(0)
+    resting = torch.randn(8, 64)
+    for rests in (True, False):
+        projection = Projection(64, 64, rank=8, gap=2, threshold=0.4, k=3)
+        due = []
+        for step in range(40):
+            x = torch.randn(100, 8) @ (resting if rests else torch.randn(8, 64))
+            if projection.refresh(x, torch.randn(100, 64), step):
+                due.append(step)
+        # three similarities are known at the fourth refresh, step 6
+        assert due == ([0, 2, 4, 6, 10, 18, 34] if rests else list(range(0, 40, 2)))
+        assert projection.refreshes == len(due)
+
+
+def test_the_range_finder_keeps_the_energy_of_the_exact_subspace():
+    torch.manual_seed(0)
+    for out, n_in in ((300, 200), (200, 300)):
+        x = torch.randn(400, n_in) * torch.arange(1, n_in + 1) ** -0.5  # a slowly falling spectrum
+        dy = torch.randn(400, out) * torch.arange(1, out + 1) ** -0.5
+        energy = []
+        for svd in (True, False):
+            projection = Projection(out, n_in, rank=50, bits=16, svd=svd)
+            projection.refresh(x, dy, 0, torch.Generator().manual_seed(0))
+            energy.append(projection.project(x, dy).square().sum())
+        assert energy[1] > 0.985 * energy[0]
+
+
+def test_clipping_bounds_each_weights_own_gradient():
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    optimizer = QGaLore(model, rank=8, grad_clip=1e-3, moment_bits=32)
+    run_steps(model, optimizer, 1)
+    norms = [m.m.norm().item() / 0.1 for m in optimizer.moments.values()]  # the first moment after one step is 0.1 g
+    assert max(norms) < 1.001e-3 and optimizer.pop_stats()["grad_norm"] > 1e-2  # logged as it was before
+
+
+def test_the_state_is_complete_a_reloaded_optimizer_continues_bit_for_bit(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        model = LLaMA(tiny(n_embd=64, vocab_size=130))  # an embedding and moments large enough to be in 8 bits
+        return model, QGaLore(model, rank=40, gap=2, threshold=0.0, k=1)
+
+    model, optimizer = fresh()
+    run_steps(model, optimizer, 5, vocab=130)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state")
+    expected = run_steps(model, optimizer, 6, vocab=130)
+    again, optimizer = fresh()
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    again.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert run_steps(again, optimizer, 6, vocab=130) == expected
+    assert {m.bits for m in optimizer.moments.values()} == {8, 32}
+
+
+def test_it_attaches_to_any_model_that_holds_qlinear_and_ordinary_parameters():
+    torch.manual_seed(0)
+    model = nn.Sequential(QLinear(10, 32), nn.LayerNorm(32), nn.ReLU(), QLinear(32, 32), nn.Linear(32, 1))
+    QGaLore(model, lr=0.01, rank=4, gap=10)
+    x = torch.randn(256, 10)
+    y = x[:, :1] * x[:, 1:2]
+    losses = []
+    for _ in range(150):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+# -----------------------------------------------------------------------------
+# train.py and sample.py, as processes
+
+TINY_RUN = ("--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --encoding=bytes --block_size=32 --batch_size=4 "
+            "--rank=16 --proj_gap=3 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1 --warmup_iters=2").split()  # fmt: skip  # noqa: E501
+
+
+def write_shards(folder, n=20_000, n_vocab=257):
+    words = ["the ", "weights ", "of ", "a ", "layer ", "step ", "in ", "backward.\n"]
+    text = "".join(random.Random(0).choices(words, k=n))[:n]
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    os.makedirs(folder, exist_ok=True)
+    for i, part in enumerate(np.array_split(data[: n * 9 // 10], 2)):
+        write_shard(f"{folder}/text_train_{i:05d}.bin", part, n_vocab)
+    write_shard(f"{folder}/text_val_00000.bin", data[n * 9 // 10 :], n_vocab)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder)
+    return str(folder)
+
+
+def script(name, *args, **popen):
+    return subprocess.Popen([sys.executable, f"{HERE}/{name}", *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **popen)  # fmt: skip
+
+
+def run(name, *args, **popen):
+    process = script(name, *args, **popen)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def read_log(out_dir):
+    """{(iter, what): value} of log.jsonl; no line may come twice."""
+    entries = {}
+    with open(f"{out_dir}/log.jsonl") as f:
+        for line in map(json.loads, f):
+            for what in ("loss", "val_loss"):
+                if what in line:
+                    assert (line["iter"], what) not in entries
+                    entries[line["iter"], what] = line[what]
+    return entries
+
+
+def test_a_run_killed_at_random_moments_continues_bit_for_bit(shards, tmp_path):
+    args = [f"--data_dir={shards}", "--max_iters=60", "--eval_interval=5", *TINY_RUN, "--gradient_accumulation_steps=2"]
+    whole, broken = f"{tmp_path}/whole", f"{tmp_path}/broken"
+    code, out, err = run("train.py", *args, f"--out_dir={whole}")
+    assert code == 0, err
+    rng, kills, resume = random.Random(0), 0, "scratch"
+    while True:
+        process = script("train.py", *args, f"--out_dir={broken}", f"--init_from={resume}")
+        if kills < 3:  # let it write a line or a checkpoint or two more, then kill it at any moment within a second
+            size = lambda: os.path.getsize(f"{broken}/log.jsonl") if os.path.exists(f"{broken}/log.jsonl") else 0  # noqa: E731
+            lines = size()
+            while (size() < lines + 1500 or not os.path.exists(f"{broken}/ckpt.pt")) and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.3)
+        if kills < 3 and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        code = process.wait(timeout=240)
+        process.communicate()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        resume = "resume"
+    assert kills >= 2
+    assert read_log(broken) == read_log(whole)
+    a, b = (torch.load(f"{d}/ckpt.pt", weights_only=True)["model"] for d in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_leave_cleanly(shards, tmp_path, number):
+    args = [f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--eval_interval=1000"]
+    process = script("train.py", *args, "--max_iters=100000", "--decay_lr=False")
+    while not (os.path.exists(f"{tmp_path}/log.jsonl") and len(read_log(tmp_path)) > 5) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--init_from=resume" in out and "Traceback" not in err
+    step = torch.load(f"{tmp_path}/ckpt.pt", weights_only=True)["iter"]
+    assert step == 1 + max(it for it, what in read_log(tmp_path) if what == "loss")
+    code, out, err = run("train.py", *args, f"--max_iters={step + 2}", "--decay_lr=False", "--init_from=resume")
+    assert code == 0 and (step + 1, "loss") in read_log(tmp_path), err
+
+
+@pytest.mark.parametrize("method", ["qgalore", "adamw", "adam8bit"])
+def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tmp_path, method):
+    code, out, err = run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, f"--method={method}",
+                         "--max_iters=40", "--eval_interval=20", "--grad_clip=10", "--weight_decay=0.01", "--sample_tokens=5")  # fmt: skip
+    assert code == 0 and "next: " in out, err
+    log = read_log(tmp_path)
+    assert log[40, "val_loss"] < log[0, "val_loss"] - 1
+    with open(f"{tmp_path}/log.jsonl") as f:
+        lines = [entry for entry in map(json.loads, f) if "loss" in entry]
+    assert [entry["iter"] for entry in lines] == list(range(40))
+    assert {"loss", "lr", "tokens", "tokens_per_s", "peak_memory_gb", "grad_norm"} <= lines[0].keys()
+    peak = [entry["lr"] for entry in lines]
+    assert peak[:2] == pytest.approx([0.01 / 3, 0.02 / 3]) and peak[2] == pytest.approx(0.01)
+    assert all(a > b for a, b in zip(peak[2:], peak[3:])) and peak[-1] == pytest.approx(0.001, rel=0.05)
+    assert lines[-1]["tokens"] == 40 * 4 * 32
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "config.json", "log.jsonl", "loss.png"]
+    code, out, err = run("sample.py", f"--out_dir={tmp_path}", "--prompt=the wei", "--max_new_tokens=20", "--device=cpu")
+    assert code == 0 and out.startswith("the wei") and len(out) > 15, err
+
+
+def test_dry_run_counts_the_bytes_that_weights_and_optimizer_then_take(shards):
+    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
+    config = configure(settings, [*TINY_RUN, "--n_kv_head=2"])
+    plan = train.memory_plan(config, torch.float32, "qgalore")
+    torch.manual_seed(0)
+    model = LLaMA.from_settings(config, "cpu", torch.float32)
+    optimizer = QGaLore(model, rank=config["rank"])
+    run_steps(model, optimizer, 1)
+    count = lambda tensors: sum(t.nbytes for t in tensors)  # noqa: E731
+    assert plan["weights"] == count(model.buffers())
+    assert plan["embedding, head, norms"] == count(model.parameters())
+    assert plan["projections"] == count(t for p in optimizer.projections.values() for t in p.basis)
+    moments = [t for m in optimizer.moments.values() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    assert plan["moments"] == count(moments)
+
+
+def test_dry_run_counts_the_activations_that_autograd_keeps():
+    for checkpointed in (False, True):
+        settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
+        config = configure(settings, ["--n_layer=4", "--n_embd=256", "--n_head=4", "--n_kv_head=4", "--ffn_dim=704", "--vocab_size=64",
+                                      "--batch_size=4", f"--checkpoint_activations={checkpointed}"])  # fmt: skip
+        plan = train.memory_plan(config, torch.float32, "qgalore")["activations"]
+        model, kept = LLaMA.from_settings(config, "cpu", torch.float32), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
+            x, y = tokens(4, 256, 64)
+            loss = model(x, y)
+        own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+        real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+        if checkpointed:  # in forward only the blocks' inputs; the plan adds the one block that backward makes again
+            plan -= 4 * 256 * (4 * (4 * 256 + 2 * 256 + 4 * 704) + 8 * 256)
+        assert real == pytest.approx(plan, rel=0.2)
+        del loss
+
+
+def one_line_error(result, *words):
+    code, out, err = result
+    error = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(error) == 1 and "Traceback" not in err, err
+    assert all(word in error[0] for word in words), error
+
+
+def test_a_run_that_does_not_fit_says_so_before_it_allocates_and_a_dry_run_says_why(tmp_path):
+    args = ["config/llama_7b.py", "--device=cpu", "--batch_size=65536", f"--out_dir={tmp_path}/out"]
+    one_line_error(run("train.py", *args, cwd=HERE), "activations", "batch_size", "GiB")
+    assert not os.path.exists(f"{tmp_path}/out")
+    code, out, err = run("train.py", *args, "--dry_run=True", cwd=HERE)
+    assert code == 0 and "NOT enough" in out and "projections" in out
+
+
+def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("learning_rat = 0.1\n")
+    settings = {"learning_rate": 0.01, "max_iters": 10, "out_dir": "out", "compile": False}
+    for args, words in [(["--learning_rat=1"], "did you mean 'learning_rate'"), (["--max_iters=many"], "max_iters must be int"),
+                        (["--compile=1"], "compile must be bool"), (["--max_iters=1.5"], "max_iters must be int"),
+                        (["config/none.py"], "config/none.py"), ([f"{tmp_path}/bad.py"], "bad.py"),
+                        (["--out_dir"], "--key=value")]:  # fmt: skip
+        with pytest.raises(SystemExit, match="error: ") as e:
+            configure(dict(settings), args)
+        assert words in str(e.value) and "\n" not in str(e.value)
+    configure(settings, ["--learning_rate=1", "--max_iters=1e3", "--out_dir=7"])
+    assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
+    one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
+    for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--proj_bits=5"):
+        one_line_error(run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_asked_for_and_absent_is_one_line(tmp_path):
+    one_line_error(run("train.py", f"--out_dir={tmp_path}", "--device=cuda"), "device=cuda")
+    code, out, err = run("train.py", f"{HERE}/config/llama_7b.py", "--dry_run=True")
+    assert code == 0 and "no CUDA GPU here" in out
+
+
+def test_bad_shards_are_refused_by_name(shards, tmp_path):
+    def refused(message, path="*_train_*.bin", block_size=32, vocab_size=257):
+        with pytest.raises(SystemExit, match="error: ") as e:
+            train.Windows(f"{tmp_path}/{path}", block_size, vocab_size, 0).batch(1)
+        assert message in str(e.value) and "\n" not in str(e.value)
+
+    refused("no shards")
+    path = f"{tmp_path}/a_train_0.bin"
+    write_shard(path, np.arange(100), 0)  # of another maker: the vocabulary is not told
+    refused("token 99", vocab_size=99)
+    refused("less than one sequence", block_size=100)
+    write_shard(path, np.arange(100), 257)
+    refused("its vocabulary has 257", vocab_size=256)
+    whole = open(path, "rb").read()
+    open(path, "wb").write(whole[:-2])
+    refused(path)
+    open(path, "wb").write(b"\0" * 4 + whole[4:])
+    refused(path)
+    one_line_error(run("train.py", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/x", *TINY_RUN), "a_train_0.bin")
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("echo malice > malice",)
+
+
+def test_damaged_foreign_and_misshapen_checkpoints_are_refused_and_never_run(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_iters=3"]
+    one_line_error(run(*args, "--init_from=resume"), "ckpt.pt", "does not exist")
+    assert run(*args)[0] == 0
+    whole = open("ckpt.pt", "rb").read()
+    one_line_error(run(*args, "--init_from=resume", "--n_embd=32"), "n_embd = 64", "32")
+    config = {"rank": 16}
+    for content in (whole[: len(whole) // 2], b"", b"hello", pickle.dumps(Malice())):
+        open("ckpt.pt", "wb").write(content)
+        with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
+            train.load_checkpoint("ckpt.pt", config)
+    for content in ({"a": 1}, [1], {"model": Malice()}):
+        torch.save(content, "ckpt.pt")
+        with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
+            train.load_checkpoint("ckpt.pt", config)
+    one_line_error(run("sample.py", f"--out_dir={tmp_path}"), "ckpt.pt")
+    assert not os.path.exists("malice")
+    assert run(*args)[0] == 0  # from scratch: what was there is set aside
+    assert os.path.exists("previous_ckpt.pt")
+
+
+def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(shards, tmp_path):
+    args = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--eval_interval=2"]
+    assert run(*args, "--max_iters=2")[0] == 0
+    good = open(f"{tmp_path}/ckpt.pt", "rb").read()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)  # noqa: E731
+    one_line_error(run(*args, "--max_iters=8", "--init_from=resume", preexec_fn=limit), "ckpt.pt", "is whole")
+    assert open(f"{tmp_path}/ckpt.pt", "rb").read() == good and not os.path.exists(f"{tmp_path}/ckpt.pt.tmp")
+    code, out, err = run(*args, "--max_iters=8", "--init_from=resume")
+    assert code == 0, err
+
+
+def test_an_out_dir_that_cannot_be_written_is_one_line(shards, tmp_path):
+    (tmp_path / "file").write_text("")
+    one_line_error(run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/file", *TINY_RUN), "out_dir", "file")
+
+
+def test_a_rank_larger_than_the_smaller_side_is_clamped_and_said(shards, tmp_path):
+    code, out, err = run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--rank=65", "--max_iters=2")
+    assert code == 0 and "rank 65 is larger than the smaller side of 14 matrices" in out, err
+
+
+def test_each_window_comes_once_an_epoch_in_a_new_order_and_the_position_is_all_the_state(shards):
+    def windows():
+        return train.Windows(f"{shards}/*_train_*.bin", 32, 257, seed=5)
+
+    data = windows()
+    epochs = [[data.batch(1)[0].numpy().tobytes() for _ in range(data.total)] for _ in range(2)]
+    inputs = []
+    for path in data.paths:
+        tokens = read_shard(path)[0].astype(np.int64)
+        inputs += [tokens[i : i + 32].tobytes() for i in range(0, len(tokens) - 32, 32)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(inputs) and epochs[0] != epochs[1] != inputs
+    x, y = data.batch(4)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    again = windows()
+    again.position = data.total + 7
+    assert [again.batch(1)[0].numpy().tobytes() for _ in range(5)] == epochs[1][7:12]
+
+
+# -----------------------------------------------------------------------------
+# prepare_c4.py
+
+EOT = 256  # of encoding=bytes
+
+
+def prepare_c4_command(*args, **env):
+    command = [sys.executable, os.path.join(HERE, "prepare_c4.py"), "--encoding=bytes", *args]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env={**os.environ, **env}, **streams)
+
+
+def lines_of(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def as_tokens(texts):
+    return [token for text in texts for token in [*text.encode(), EOT]]
+
+
+def contents(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def test_c4_comes_from_the_hub_and_its_shards_have_exactly_these_bytes(tmp_path):
+    train, val, asked = ["One café.\n", "Two."], ["Three <|endoftext|>"], []
+    served = {"train.00000-of-01024": train, "validation.00000-of-00008": val}
+    served = {name: gzip.compress(lines_of(texts)) for name, texts in served.items()}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.command, self.path))
+            name = self.path.split("/en/c4-")[-1].removesuffix(".json.gz")
+            body = served.get(name)
+            self.send_response(200 if body else 404)
+            self.send_header("ETag", f'"{name}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if self.command == "GET" and body:
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+        log_message = lambda *_: None
+
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    env = dict(HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_XET="1")
+    env.update(HF_TOKEN="", NO_PROXY="127.0.0.1")
+    first = prepare_c4_command(f"--out_dir={tmp_path}/c4", "--workers=2", **env)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 0, err
+    assert [path for command, path in asked if command == "GET" and "resolve" in path] == [
+        "/datasets/allenai/c4/resolve/main/en/c4-validation.00000-of-00008.json.gz",
+        "/datasets/allenai/c4/resolve/main/en/c4-train.00000-of-01024.json.gz",
+    ]
+    for name, texts in (("c4_train_00000.bin", train), ("c4_val_00000.bin", val)):
+        tokens = as_tokens(texts)
+        header = np.zeros(256, "<i4")
+        header[:4] = 20240520, 1, len(tokens), 257
+        assert contents(tmp_path / "c4" / name) == header.tobytes() + np.array(tokens, "<u2").tobytes()
+
+    asked.clear()
+    again = prepare_c4_command(f"--out_dir={tmp_path}/c4", "--shards=2", **env)  # the hub has no second file
+    out, err = again.communicate(timeout=60)
+    hub.shutdown()
+    assert again.returncode == 1 and out.count("kept") == 2
+    assert "error: could not fetch allenai/c4 en/c4-train.00001-of-01024.json.gz" in err.splitlines()[-1]
+    assert not any("00000-of" in path for _, path in asked)
+    assert sorted(glob.glob("*.bin*", root_dir=tmp_path / "c4")) == ["c4_train_00000.bin", "c4_val_00000.bin"]
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A small input and a large one (40 MB, so that a pool works on it), whose shards come in this order."""
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["small"] * 10))
+    (tmp_path / "b.jsonl").write_bytes(lines_of(f"{i} large " * 300 for i in range(13000)))
+    return tmp_path
+
+
+def start_and_wait_until_the_large_shard_is_half_made(folder):
+    run = prepare_c4_command(f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0", "--workers=2")
+    half = folder / "out/b_train_00000.bin.tmp"
+    while not (half.exists() and half.stat().st_size):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.001)
+    return run
+
+
+def processes_with(text):
+    commands = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            commands.append(contents(path))
+    return [command for command in commands if str(text).encode() in command]
+
+
+def test_after_a_kill_the_same_command_keeps_the_finished_shard_and_makes_the_other(large):
+    run = start_and_wait_until_the_large_shard_is_half_made(large)
+    run.kill()
+    run.communicate(timeout=30)
+    assert sorted(glob.glob("*.bin", root_dir=large / "out")) == ["a_train_00000.bin"]
+    made = os.stat(large / "out/a_train_00000.bin").st_mtime_ns
+    if sys.platform == "linux":
+        time.sleep(0.2)
+        assert processes_with(large) == []  # the workers went with their parent
+
+    prepare(f"{large}/?.jsonl", f"{large}/out", "bytes", val_fraction=0, workers=2)
+    assert os.stat(large / "out/a_train_00000.bin").st_mtime_ns == made
+    tokens, n_vocab = read_shard(large / "out/b_train_00000.bin")
+    assert n_vocab == 257
+    assert np.array_equal(tokens, as_tokens(f"{i} large " * 300 for i in range(13000)))
+    assert glob.glob("*.tmp", root_dir=large / "out") == []
+
+
+def test_an_interrupt_leaves_no_half_shard_and_one_line(large):
+    run = start_and_wait_until_the_large_shard_is_half_made(large)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    out, err = run.communicate(timeout=30)
+    assert run.returncode == 1 and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err, err
+    assert glob.glob("*.bin*", root_dir=large / "out") == ["a_train_00000.bin"]
+
+
+def test_a_line_without_text_is_skipped_and_counted(tmp_path, capsys):
+    bad = b'not JSON\n[1]\n{"txt": ""}\n{"text": 3}\n\xff\n' + b"[" * 100_000 + b"\n"
+    blank, unended = b"\n \r\n", lines_of(["b"]).rstrip()
+    (tmp_path / "x.json").write_bytes(lines_of(["a"]) + bad + blank + unended)
+    prepare(f"{tmp_path}/x.json", f"{tmp_path}/out", "bytes", val_fraction=0)
+    assert read_shard(tmp_path / "out/x_train_00000.bin")[0].tolist() == as_tokens("ab")
+    assert "skipped 6 lines" in capsys.readouterr().out
+    (tmp_path / "y.jsonl").write_bytes(bad)
+    with pytest.raises(SystemExit, match=r"y\.jsonl: no text.*6 lines"):
+        prepare(f"{tmp_path}/y.jsonl", f"{tmp_path}/out", "bytes")
+
+
+def test_text_that_looks_like_a_special_token_or_is_half_a_character_is_still_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "<|endoftext|>"}\n{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude42"}\n')
+    prepare(f"{tmp_path}/x.jsonl", f"{tmp_path}/out", "bytes", val_fraction=0)
+    assert read_shard(tmp_path / "out/x_train_00000.bin")[0].tolist() == as_tokens(["<|endoftext|>", "?", "🙂"])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-12], lambda b: b[:20] + b"\xff" * 3 + b[23:], lambda b: b"no" + b])
+def test_a_damaged_gz_is_named_and_leaves_no_shard(tmp_path, damage):
+    (tmp_path / "x.json.gz").write_bytes(damage(gzip.compress(lines_of(map(str, range(1000))))))
+    with pytest.raises(SystemExit, match=r"error: .*x\.json\.gz: incomplete or damaged"):
+        prepare(f"{tmp_path}/x.json.gz", f"{tmp_path}/out", "bytes")
+    assert glob.glob("*", root_dir=tmp_path / "out") == []
+
+
+def test_the_last_part_of_each_file_is_for_validation(tmp_path):
+    (tmp_path / "book.txt").write_text("0123456789 abcdefgh")
+    prepare(f"{tmp_path}/book.txt", f"{tmp_path}/out", "bytes", val_fraction=0.25)
+    assert bytes(read_shard(tmp_path / "out/book_train_00000.bin")[0].tolist()) == b"0123456789 abcd"
+    assert read_shard(tmp_path / "out/book_val_00000.bin")[0].tolist() == [*b"efgh", EOT]
+
+
+def test_no_file_name_makes_a_training_shard_that_counts_as_validation(tmp_path):
+    for name in ("a_val_b.txt", "a_train_b.txt", "c/a_val_b.txt.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt") as f:
+            f.write("x" * 99)
+    prepare(f"{tmp_path}/**/*.txt*", f"{tmp_path}/out", "bytes")
+    train, val = (set(glob.glob(f"*_{split}_*.bin", root_dir=tmp_path / "out")) for split in ("train", "val"))
+    assert len(train) == len(val) == 3 and not train & val
+
+
+def test_a_shard_that_is_not_whole_is_refused_by_name(tmp_path):
+    path = str(tmp_path / "x.bin")
+    with pytest.raises(SystemExit, match=r"x\.bin: No such file"):
+        read_shard(path)
+    write_shard(path, np.arange(100), 257)
+    whole = contents(path)
+    for content, message in [
+        (whole[:1000], "1000 bytes"),
+        (whole[:-2], r"truncated.* 1222 bytes, but 1224 for the 100 tokens"),
+        (whole + b"..", r"1226 bytes, but 1224"),
+        (whole[:8] + bytes(4) + whole[12:], r"1224 bytes, but 1024 for the 0 tokens"),
+        (bytes(4) + whole[4:], r"magic 0 version 1, expected 20240520 version 1 or 20240801 version 7"),
+        (whole[:4] + b"\7" + whole[5:], r"magic 20240520 version 7"),
+    ]:
+        with open(path, "wb") as f:
+            f.write(content)
+        with pytest.raises(SystemExit, match=r"error: .*x\.bin: .*" + message):
+            read_shard(path)
+
+
+@pytest.mark.parametrize("n_vocab, magic, version, dtype", [(65535, 20240520, 1, "<u2"), (65536, 20240801, 7, "<u4")])
+def test_a_vocabulary_above_65535_makes_uint32_shards(tmp_path, n_vocab, magic, version, dtype):
+    write_shard(str(tmp_path / "x.bin"), [n_vocab - 1, 0, 1], n_vocab)
+    content = contents(tmp_path / "x.bin")
+    assert np.frombuffer(content[:1024], "<i4").tolist() == [magic, version, 3, n_vocab] + [0] * 252
+    assert np.frombuffer(content[1024:], dtype).tolist() == [n_vocab - 1, 0, 1]
+    tokens, found = read_shard(str(tmp_path / "x.bin"))
+    assert tokens.tolist() == [n_vocab - 1, 0, 1] and found == n_vocab
+
+
+@pytest.fixture
+def rank_file(tmp_path):
+    tokens = [bytes([b]) for b in range(256)] + [b"\n\n", b"he", b"th", b"the", b" the", b"\n\n\n", b".\n", b"\xe3\x80"]
+    (tmp_path / "ranks").write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
+    return str(tmp_path / "ranks")
+
+
+def test_a_rank_file_gets_llama_3s_special_tokens_after_its_ranks(rank_file):
+    enc = get_encoding(rank_file)
+    assert enc.n_vocab == 264 + 256 and enc.eot_token == 265
+    assert enc.encode_ordinary("the.\n") == [259, 262] and enc.decode([259, 262]) == "the.\n"
+    assert enc.decode_single_token_bytes(264) == b"<|begin_of_text|>"
+
+
+def test_a_rank_file_that_leaves_out_a_rank_is_refused(rank_file):
+    content = contents(rank_file)
+    for bad in (content.replace(b" 258\n", b" 300\n"), content.split(b"\n", 1)[1], b"\x0a\x0e\x0a\x05<unk>", b""):
+        with open(rank_file + "_bad", "wb") as f:
+            f.write(bad)
+        with pytest.raises(SystemExit, match="error: encoding .*ranks_bad: expected lines"):
+            get_encoding(rank_file + "_bad")
+
+
+def test_bytes_are_the_utf8_bytes_with_and_without_tiktoken():
+    enc, text = get_encoding("bytes"), "a\x00\r\n\u3000café 🙂 <|endoftext|>"
+    assert enc.n_vocab == 257 and enc.eot_token == EOT
+    assert enc.encode_ordinary(text) == list(text.encode())
+    assert prepare_c4.tokenize("bytes", True, text.encode())[0].tolist() == list(text.encode())
+    assert enc.decode(list(text.encode())) == text and enc.decode_single_token_bytes(0xC3) == b"\xc3"
+
+
+def test_where_a_long_text_is_cut_does_not_change_its_tokens(rank_file, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    pieces = ["the", " ", "  ", "\n", "\n\n", ".\n", " the", "he", "1234", "é", "。\n", "'ll", "\r\n", "--"]
+    text = "".join(pieces[i] for i in rng.integers(len(pieces), size=5000))
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    monkeypatch.setattr(prepare_c4, "_block", 50)
+    prepare(f"{tmp_path}/x.txt", f"{tmp_path}/out", rank_file, val_fraction=0)
+    enc = get_encoding(rank_file)
+    assert read_shard(tmp_path / "out/x_train_00000.bin")[0].tolist() == [*enc.encode_ordinary(text), enc.eot_token]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(input="{}/nothing*"), r"error: input=.*nothing\*: no such file"),
+        (dict(input="{}/x.pdf"), r"error: .*x\.pdf: expected \.json"),
+        (dict(encoding="gpt5"), r"error: encoding gpt5: not one of bytes, gpt2.*No such file"),
+        (dict(val_fraction=1.0), r"error: val_fraction=1\.0"),
+        (dict(val_fraction=0.001), r"error: .*x\.txt: 31 tokens are too few"),
+        (dict(out_dir="{}/x.pdf"), r"error: .*x\.pdf: File exists"),
+    ],
+)
+def test_a_wrong_setting_is_answered_in_one_line(tmp_path, settings, message):
+    for name in ("x.pdf", "x.txt"):
+        (tmp_path / name).write_text("thirty characters, to be exact")
+    defaults = dict(input="{}/x.txt", out_dir="{}/out", encoding="bytes")
+    settings = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in {**defaults, **settings}.items()}
+    with pytest.raises(SystemExit, match=message) as e:
+        prepare(**settings)
+    assert "\n" not in str(e.value)
+
+
+def test_a_shard_of_another_vocabulary_is_neither_kept_nor_replaced(tmp_path, rank_file):
+    (tmp_path / "x.txt").write_text("the " * 100)
+    prepare(f"{tmp_path}/x.txt", f"{tmp_path}/out", "bytes")
+    before = contents(tmp_path / "out/x_train_00000.bin")
+    with pytest.raises(SystemExit, match="x_train_00000.bin: has n_vocab 257, not 520; delete it or set"):
+        prepare(f"{tmp_path}/x.txt", f"{tmp_path}/out", rank_file)
+    assert contents(tmp_path / "out/x_train_00000.bin") == before
+
+
+def test_the_docs_corpus_depends_on_neither_hash_seed_nor_file_order(tmp_path):
+    for i in range(20):
+        (tmp_path / f"m{i}.py").write_text(f'def f():\n    """Text {i} “quoted”\n    {"and more " * 30}"""\n')
+    (tmp_path / "copy.py").write_text((tmp_path / "m0.py").read_text())
+    (tmp_path / "short.py").write_text('"""Short."""')
+    (tmp_path / "broken.py").write_text("def")
+    program = f"""
+import importlib.util, os, sys, sysconfig
+sysconfig.get_path, importlib.util.find_spec, walk = lambda _: {str(tmp_path)!r}, lambda _: None, os.walk
+os.walk = lambda root: [(a, b, sorted(c, reverse=bool(int(sys.argv[1])))) for a, b, c in walk(root)]
+import prepare_c4
+sys.stdout.buffer.write(prepare_c4.docs_corpus())
+"""
+    first, second = (
+        subprocess.run([sys.executable, "-c", program, i], env=env, cwd=HERE, capture_output=True)
+        for i, env in ((i, {**os.environ, "PYTHONHASHSEED": i}) for i in "01")
+    )
+    assert first.returncode == 0, first.stderr
+    texts = [json.loads(line)["text"] for line in first.stdout.splitlines()]
+    assert sum(text.startswith("Text ") for text in texts) == 20 and len(texts) > 50  # and Python's help topics
+    assert not any("“" in text or "\n    and" in text for text in texts if text.startswith("Text "))
+    assert first.stdout == second.stdout
