@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prepare_c4
 import train
 from configurator import configure
+from memory import memory_plan
 from model import LLaMA, LLaMAConfig, QLinear
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
 from qgalore import Projection, QGaLore, similarity
@@ -240,7 +241,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_top_k_the_likeliest():
     model = LLaMA(tiny())
     probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
     model.forward = lambda *args, **kwargs: torch.cat([torch.full((1, 57), -99.0), probability.log()[None]], dim=1)
-    draw = lambda **how: {t.item() - 57 for t in model.generate(torch.zeros(1, 1, dtype=torch.long), 200, generator=torch.Generator().manual_seed(0), **how)}  # fmt: skip  # noqa: E501
+    draw = lambda **how: {t.item() - 57 for t in model.generate(torch.zeros(1, 1, dtype=torch.long), 200, generator=torch.Generator().manual_seed(0), **how)}  # fmt: skip
     assert draw(top_p=0.7) == {0, 1} and draw(top_k=3) == {0, 1, 2} and draw(temperature=0) == {0}
 
 
@@ -398,7 +399,7 @@ def test_every_parameter_moves_at_the_rate_that_is_set(bits):
     torch.manual_seed(0)
     model = LLaMA(tiny(), linear=lambda *args, **kwargs: QLinear(*args, bits=bits, **kwargs))
     optimizer = QGaLore(model, rank=8, scale=0.25, moment_bits=32, proj_bits=16, stochastic_rounding=False)
-    snapshot = lambda: {n: m.float_weight().clone() for n, m in model.named_modules() if isinstance(m, QLinear)} | {n: p.detach().clone() for n, p in model.named_parameters()}  # fmt: skip  # noqa: E501
+    snapshot = lambda: {n: m.float_weight().clone() for n, m in model.named_modules() if isinstance(m, QLinear)} | {n: p.detach().clone() for n, p in model.named_parameters()}  # fmt: skip
     for rate in (0.5, 0.0):
         optimizer.param_groups[0]["lr"] = rate
         before = snapshot()
@@ -540,7 +541,7 @@ def test_it_attaches_to_any_model_that_holds_qlinear_and_ordinary_parameters():
 # train.py and sample.py, as processes
 
 TINY_RUN = ("--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --encoding=bytes --block_size=32 --batch_size=4 "
-            "--rank=16 --proj_gap=3 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1 --warmup_iters=2").split()  # fmt: skip  # noqa: E501
+            "--rank=16 --proj_gap=3 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1 --warmup_iters=2").split()  # fmt: skip
 
 
 def write_shards(folder, n=20_000, n_vocab=257):
@@ -592,7 +593,7 @@ def test_a_run_killed_at_random_moments_continues_bit_for_bit(shards, tmp_path):
     while True:
         process = script("train.py", *args, f"--out_dir={broken}", f"--init_from={resume}")
         if kills < 3:  # let it write a line or a checkpoint or two more, then kill it at any moment within a second
-            size = lambda: os.path.getsize(f"{broken}/log.jsonl") if os.path.exists(f"{broken}/log.jsonl") else 0  # noqa: E731
+            size = lambda: os.path.getsize(f"{broken}/log.jsonl") if os.path.exists(f"{broken}/log.jsonl") else 0
             lines = size()
             while (size() < lines + 1500 or not os.path.exists(f"{broken}/ckpt.pt")) and process.poll() is None:
                 time.sleep(0.01)
@@ -650,12 +651,12 @@ def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tm
 def test_dry_run_counts_the_bytes_that_weights_and_optimizer_then_take(shards):
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
     config = configure(settings, [*TINY_RUN, "--n_kv_head=2"])
-    plan = train.memory_plan(config, torch.float32, "qgalore")
+    plan = memory_plan(config, torch.float32)
     torch.manual_seed(0)
     model = LLaMA.from_settings(config, "cpu", torch.float32)
     optimizer = QGaLore(model, rank=config["rank"])
     run_steps(model, optimizer, 1)
-    count = lambda tensors: sum(t.nbytes for t in tensors)  # noqa: E731
+    count = lambda tensors: sum(t.nbytes for t in tensors)
     assert plan["weights"] == count(model.buffers())
     assert plan["embedding, head, norms"] == count(model.parameters())
     assert plan["projections"] == count(t for p in optimizer.projections.values() for t in p.basis)
@@ -668,7 +669,7 @@ def test_dry_run_counts_the_activations_that_autograd_keeps():
         settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
         config = configure(settings, ["--n_layer=4", "--n_embd=256", "--n_head=4", "--n_kv_head=4", "--ffn_dim=704", "--vocab_size=64",
                                       "--batch_size=4", f"--checkpoint_activations={checkpointed}"])  # fmt: skip
-        plan = train.memory_plan(config, torch.float32, "qgalore")["activations"]
+        plan = memory_plan(config, torch.float32)["activations"]
         model, kept = LLaMA.from_settings(config, "cpu", torch.float32), {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
             x, y = tokens(4, 256, 64)
@@ -717,7 +718,7 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
 def test_cuda_asked_for_and_absent_is_one_line(tmp_path):
     one_line_error(run("train.py", f"--out_dir={tmp_path}", "--device=cuda"), "device=cuda")
     code, out, err = run("train.py", f"{HERE}/config/llama_7b.py", "--dry_run=True")
-    assert code == 0 and "no CUDA GPU here" in out
+    assert code == 0 and "no such device here" in out
 
 
 def test_bad_shards_are_refused_by_name(shards, tmp_path):
@@ -772,7 +773,7 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(shards, tmp_pa
     args = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--eval_interval=2"]
     assert run(*args, "--max_iters=2")[0] == 0
     good = open(f"{tmp_path}/ckpt.pt", "rb").read()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)
     one_line_error(run(*args, "--max_iters=8", "--init_from=resume", preexec_fn=limit), "ckpt.pt", "is whole")
     assert open(f"{tmp_path}/ckpt.pt", "rb").read() == good and not os.path.exists(f"{tmp_path}/ckpt.pt.tmp")
     code, out, err = run(*args, "--max_iters=8", "--init_from=resume")

@@ -9,9 +9,7 @@ import glob
 import json
 import math
 import os
-import resource
 import signal
-import sys
 import time
 from contextlib import nullcontext
 
@@ -20,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure
-from model import LLaMA, LOSS_CHUNK, QLinear
+from memory import GIB, memory_free, memory_peak, memory_plan
+from model import LLaMA
 from prepare_c4 import get_encoding, prepare, read_shard, replacing
-from qgalore import MIN_8BIT, ROWS, Projection, QGaLore
+from qgalore import QGaLore
 from sample import stream
 
 # -----------------------------------------------------------------------------
@@ -90,7 +89,6 @@ SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "
               "weight_bits", "weight_group_size", "rank", "proj_bits", "moment_bits")  # fmt: skip
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
               "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)  # fmt: skip
-GIB = 2**30
 
 
 class Windows:
@@ -152,59 +150,6 @@ def learning_rate_at(it):
         return learning_rate
     progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters))
     return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
-
-
-def memory_plan(config, dtype, method):
-    """{part: bytes} of a run, its model laid out on the meta device, where nothing is allocated. Weights and optimizer
-    state are exact; activations and scratch are counted by hand from model.py and qgalore.py."""
-    model, c, size = LLaMA.from_settings(config, "meta", dtype), config, dtype.itemsize
-    tokens = c["batch_size"] * c["block_size"]
-    kv = c["n_embd"] // c["n_head"] * c["n_kv_head"]
-    saved = size * (4 * c["n_embd"] + 2 * kv + 4 * c["ffn_dim"]) + 8 * c["n_embd"]  # a token and block; norms in float32
-    plan = dict.fromkeys(["weights", "embedding, head, norms", "projections", "moments", "gradients"], 0)
-    scratch = [3 * LOSS_CHUNK * c["vocab_size"] * 4]
-    low_rank = 0
-    for layer in model.modules():
-        if isinstance(layer, QLinear):
-            plan["weights"] += sum(b.nbytes for b in layer.buffers())
-            p = Projection(layer.out_features, layer.in_features, c["rank"], bits=c["proj_bits"])
-            other = layer.in_features + layer.out_features - p.dim
-            plan["projections"] += p.nbytes()
-            plan["moments"] += moment_bytes(other * p.rank, c["moment_bits"])
-            low_rank += 4 * other * p.rank
-            scratch.append(layer.in_features * layer.out_features * size + 20 * ROWS * layer.in_features
-                           + 12 * other * p.rank + 12 * p.dim * p.rank)  # fmt: skip
-    bits = {"adamw": 32, "adam8bit": 8, "qgalore": c["moment_bits"]}[method]
-    sizes = [p.nbytes for p in model.parameters()]
-    plan["embedding, head, norms" if method == "qgalore" else "weights"] += sum(sizes)
-    plan["moments"] += sum(moment_bytes(p.numel(), bits) for p in model.parameters())
-    in_backward = method != "adamw" and c["gradient_accumulation_steps"] == 1
-    plan["gradients"] = 2 * max(sizes) if in_backward else sum(sizes) + low_rank
-    kept = saved + c["n_layer"] * c["n_embd"] * size if c["checkpoint_activations"] else c["n_layer"] * saved
-    plan["activations"] = tokens * (kept + 3 * c["n_embd"] * size)  # three more around the head
-    plan["scratch"] = max(scratch)
-    return plan
-
-
-def moment_bytes(n, bits):
-    return 8 * n if bits == 32 or n < MIN_8BIT else 2 * (n + 4 * -(-n // 256))
-
-
-def memory_free(device):
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def memory_peak(device):
-    """Peak GiB so far: allocated by torch on a GPU, resident on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
 def save_checkpoint(path, checkpoint):
@@ -277,7 +222,7 @@ def main():
 
     # memory, before anything is allocated
     try:
-        plan = memory_plan(config, weight_dtype, method)
+        plan = memory_plan(config, weight_dtype)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     need, free = sum(plan.values()), memory_free(kind) if have_device else None
@@ -285,11 +230,11 @@ def main():
         for part, count in (plan | {"total": need}).items():
             print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
         if free is None:
-            print("device=cuda: there is no CUDA GPU here to compare with")
+            print(f"{kind}: there is no such device here to compare with, or it does not tell what it has")
         else:
             print(f"{kind} has {free / GIB:.2f} GiB free: {'enough' if need <= free else 'NOT enough'}")
         return
-    if need > free:
+    if free is not None and need > free:
         largest = max(plan, key=plan.get)
         lower = {"activations": "batch_size, block_size, or set checkpoint_activations=True", "scratch": "vocab_size",
                  "moments": "rank", "projections": "rank", "gradients": "gradient_accumulation_steps"}  # fmt: skip
@@ -361,14 +306,17 @@ def main():
         save_checkpoint(ckpt_path, {"config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                     "iter": it, "position": train_data.position})  # fmt: skip
 
-    if wandb_log:
-        import wandb
+    try:
+        if wandb_log:
+            import wandb
 
-        wandb.init(project=project, name=out_dir, config=config, resume="allow")
-    if tensorboard_log:
-        from torch.utils.tensorboard import SummaryWriter
+            wandb.init(project=project, name=out_dir, config=config)
+        if tensorboard_log:
+            from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(out_dir)
+            writer = SummaryWriter(out_dir)
+    except ImportError as e:
+        raise SystemExit(f"error: wandb_log or tensorboard_log is set, but there is no {e.name}: pip install {e.name}")
 
     def log(entry):
         log_file.write(json.dumps(entry) + "\n")
@@ -379,15 +327,21 @@ def main():
                 writer.add_scalar(key, value, entry["iter"])
 
     stopped = []  # the signal that asked us to stop
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stopped.append(signal.Signals(number).name))
+
+    def stop(number, frame):
+        if stopped:
+            raise KeyboardInterrupt  # asked twice: at once, and without saving
+        stopped.append(signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
     # the loop
     gpu = torch.cuda.get_device_name() if kind == "cuda" else ""
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     tokens_per_step = batch_size * block_size * gradient_accumulation_steps
     bar = tqdm(total=max_iters, initial=start, unit="step", dynamic_ncols=True, disable=None)
-    it, val_loss, clock, clock_it, skipped = start, None, time.perf_counter(), start, 0
+    it, val_loss, clock, clock_it = start, None, time.perf_counter(), start
     while True:
         if it % eval_interval == 0 or it >= max_iters or eval_only:
             val_loss = evaluate()
