@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from quant import GROUP_SIZE, dequantize_int8, quantize_int8
@@ -160,8 +161,8 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """config: LLaMAConfig. linear: makes a layer from (in_features, out_features, device=, dtype=): QLinear, or a
-    partial of it, or torch's own Linear without bias for full-rank training. Layers are built one after the other on
+    """config: LLaMAConfig. linear: makes a layer from (in_features, out_features, device=, dtype=): QLinear, a partial of
+    it, or plain_linear for full-rank training. Layers are built one after the other on
     `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights)."""
 
     def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32):
@@ -171,12 +172,7 @@ class LLaMA(nn.Module):
             raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, "
                              f"and n_head a multiple of n_kv_head {c.n_kv_head}")
 
-        def layer(n_in, n_out):
-            module = linear(n_in, n_out, device=device, dtype=dtype)
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=INIT_STD)
-            return module
-
+        layer = partial(linear, device=device, dtype=dtype)
         self.embed = nn.Embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
         nn.init.normal_(self.embed.weight, std=INIT_STD)
         self.blocks = nn.ModuleList(Block(c, layer, device) for _ in range(c.n_layer))
@@ -194,7 +190,7 @@ class LLaMA(nn.Module):
         if settings["method"] == "qgalore":
             linear = partial(QLinear, bits=settings["weight_bits"], group_size=settings["weight_group_size"])
         else:
-            linear = partial(nn.Linear, bias=False)
+            linear = plain_linear
         return cls(config, linear, device, dtype)
 
     def forward(self, idx, targets=None, caches=None, position=0):
@@ -239,6 +235,13 @@ class LLaMA(nn.Module):
         head_dim = c.n_embd // c.n_head
         block = 2 * c.n_embd * (c.n_head + c.n_kv_head) * head_dim + 3 * c.n_embd * c.ffn_dim
         return 6 * (c.n_layer * block + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def plain_linear(n_in, n_out, device=None, dtype=None):
+    """torch's Linear without bias, started from the draws that start a QLinear: a seed gives every method one model."""
+    layer = skip_init(nn.Linear, n_in, n_out, bias=False, device=device or "cpu", dtype=dtype)
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    return layer
 
 
 def rope(start, length, config, x):

@@ -32,7 +32,7 @@ import prepare_c4
 import train
 from configurator import configure
 from memory import memory_plan
-from model import LLaMA, LLaMAConfig, QLinear
+from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
 from qgalore import Projection, QGaLore, similarity
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, stochastic_round
@@ -44,7 +44,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # quant.py: number formats
 
 
-@pytest.mark.parametrize("rows,cols,group", [(3, 512, 256), (4, 300, 256), (5, 300, 64), (1, 7, 256), (1, 7, 2), (2, 1, 1), (3, 9, 4)])
+@pytest.mark.parametrize(
+    "rows,cols,group", [(3, 512, 256), (4, 300, 256), (5, 300, 64), (1, 7, 256), (1, 7, 2), (2, 1, 1), (3, 9, 4)]
+)
 def test_quantising_errs_by_half_a_grid_unit_at_most_and_takes_exactly_the_bytes_it_should(rows, cols, group):
     w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
     for bits, quantize, dequantize in ((8, quantize_int8, dequantize_int8), (4, quantize_int4, dequantize_int4)):
@@ -142,10 +144,6 @@ def tokens(batch=2, length=32, vocab=61, seed=0):
     return data[:, :-1].clone(), data[:, 1:].clone()
 
 
-def full_rank(n_in, n_out, device=None, dtype=None):
-    return nn.Linear(n_in, n_out, bias=False, device=device, dtype=dtype)
-
-
 def test_qlinear_hands_its_hook_the_two_factors_of_the_weights_gradient():
     torch.manual_seed(0)
     layer, seen = QLinear(24, 40), []
@@ -155,7 +153,7 @@ def test_qlinear_hands_its_hook_the_two_factors_of_the_weights_gradient():
     dy = torch.randn(2, 5, 40)
     expected = torch.autograd.grad(F.linear(x, w), (x, w), dy)
     layer(x).backward(dy)
-    (same, a, b), = seen
+    ((same, a, b),) = seen
     assert same is layer and a.shape == (10, 24) and b.shape == (10, 40)
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(b.T @ a, expected[1])
@@ -170,7 +168,7 @@ def test_without_a_hook_backward_leaves_the_weight_alone_and_gives_the_inputs_gr
 
 def test_the_chunked_loss_and_its_gradients_are_cross_entropys():
     torch.manual_seed(0)
-    model = LLaMA(tiny(block_size=600, vocab_size=13), linear=full_rank)  # 1200 tokens: three chunks, the last short
+    model = LLaMA(tiny(block_size=600, vocab_size=13), linear=plain_linear)  # 1200 tokens: three chunks, the last short
     x, y = tokens(2, 600, 13)
     y[0, :100] = -1
     names = ["head.weight", "embed.weight", "norm.weight"]
@@ -195,7 +193,7 @@ def test_the_model_is_the_llama_of_transformers(kv_heads, tie):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     c = tiny(n_kv_head=kv_heads, tie_embedding=tie)
-    ours = LLaMA(c, linear=full_rank)
+    ours = LLaMA(c, linear=plain_linear)
     for p in ours.parameters():
         nn.init.normal_(p, mean=0.5 if p.ndim == 1 else 0, std=0.2)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -215,6 +213,17 @@ def test_the_model_is_the_llama_of_transformers(kv_heads, tie):
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x).logits[:, -1], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(ours(x, y), F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()))
+
+
+def test_a_seed_gives_every_method_the_same_model():
+    models = []
+    for linear in (QLinear, plain_linear):
+        torch.manual_seed(0)
+        models.append(LLaMA(tiny(), linear=linear))
+    a, b = models
+    assert torch.equal(a.head.weight, b.head.weight)
+    w, q = b.blocks[1].mlp.down_proj.weight, a.blocks[1].mlp.down_proj
+    assert (q.float_weight() - w).abs().max() <= q.scale.max() * 0.501
 
 
 def test_generation_with_the_cache_picks_the_tokens_that_recomputing_picks():
@@ -322,11 +331,11 @@ def test_the_factored_gradient_is_the_projected_gradient(shape):
     torch.testing.assert_close(p.T @ p, torch.eye(8), atol=1e-5, rtol=0)
 
 
-def plain_linear(model):
+def with_torch_linears(model):
     """The same model with torch's Linears in place of its QLinears (bits=16), their weights shared by value."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QLinear):
-            linear = full_rank(module.in_features, module.out_features)
+            linear = plain_linear(module.in_features, module.out_features)
             linear.weight.data.copy_(module.weight)
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], linear)
@@ -339,7 +348,7 @@ def float_llama(**changes):
 
 
 def test_at_full_rank_with_every_quantiser_off_it_is_adamw():
-    ours, theirs = float_llama(), plain_linear(float_llama())
+    ours, theirs = float_llama(), with_torch_linears(float_llama())
     QGaLore(ours, lr=0.01, weight_decay=0.1, rank=1000, scale=1.0, proj_bits=16, moment_bits=32, gap=3)
     groups = [{"params": [p for p in theirs.parameters() if (p.ndim > 1) == decayed], "weight_decay": 0.1 * decayed}
               for decayed in (True, False)]  # fmt: skip
@@ -380,7 +389,9 @@ def test_micro_batches_make_the_step_of_one_large_batch(n):
     weights = []
     for parts in (1, n):
         torch.manual_seed(0)
-        model = nn.Sequential(QLinear(24, 40, bits=16), nn.Tanh(), QLinear(40, 24, bits=16), nn.Tanh(), nn.Linear(24, 3))
+        model = nn.Sequential(
+            QLinear(24, 40, bits=16), nn.Tanh(), QLinear(40, 24, bits=16), nn.Tanh(), nn.Linear(24, 3)
+        )
         optimizer = QGaLore(model, rank=8, proj_bits=16, moment_bits=32)
         x, _ = torch.randn(16, 24), torch.manual_seed(1)
         optimizer.accumulating = False
@@ -644,7 +655,9 @@ def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tm
     assert all(a > b for a, b in zip(peak[2:], peak[3:])) and peak[-1] == pytest.approx(0.001, rel=0.05)
     assert lines[-1]["tokens"] == 40 * 4 * 32
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "config.json", "log.jsonl", "loss.png"]
-    code, out, err = run("sample.py", f"--out_dir={tmp_path}", "--prompt=the wei", "--max_new_tokens=20", "--device=cpu")
+    code, out, err = run(
+        "sample.py", f"--out_dir={tmp_path}", "--prompt=the wei", "--max_new_tokens=20", "--device=cpu"
+    )
     assert code == 0 and out.startswith("the wei") and len(out) > 15, err
 
 
@@ -671,7 +684,9 @@ def test_dry_run_counts_the_activations_that_autograd_keeps():
                                       "--batch_size=4", f"--checkpoint_activations={checkpointed}"])  # fmt: skip
         plan = memory_plan(config, torch.float32)["activations"]
         model, kept = LLaMA.from_settings(config, "cpu", torch.float32), {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t
+        ):
             x, y = tokens(4, 256, 64)
             loss = model(x, y)
         own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
@@ -711,7 +726,9 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
     for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--proj_bits=5"):
-        one_line_error(run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0])
+        one_line_error(
+            run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0]
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -786,7 +803,9 @@ def test_an_out_dir_that_cannot_be_written_is_one_line(shards, tmp_path):
 
 
 def test_a_rank_larger_than_the_smaller_side_is_clamped_and_said(shards, tmp_path):
-    code, out, err = run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--rank=65", "--max_iters=2")
+    code, out, err = run(
+        "train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--rank=65", "--max_iters=2"
+    )
     assert code == 0 and "rank 65 is larger than the smaller side of 14 matrices" in out, err
 
 
