@@ -19,7 +19,7 @@ def memory_plan(config, dtype):
     method = c["method"]
     tokens = c["batch_size"] * c["block_size"]
     kv = c["n_embd"] // c["n_head"] * c["n_kv_head"]
-    saved = size * (4 * c["n_embd"] + 2 * kv + 4 * c["ffn_dim"]) + 8 * c["n_embd"]  # a token and block; norms in float32
+    saved = size * (4 * c["n_embd"] + 2 * kv + 4 * c["ffn_dim"]) + 8 * c["n_embd"]  # a token and block
     plan = dict.fromkeys(["weights", "embedding, head, norms", "projections", "moments", "gradients"], 0)
     scratch = [3 * LOSS_CHUNK * c["vocab_size"] * 4]
     low_rank = 0
@@ -32,7 +32,7 @@ def memory_plan(config, dtype):
             plan["moments"] += moment_bytes(other * p.rank, c["moment_bits"])
             low_rank += 4 * other * p.rank
             scratch.append(layer.in_features * layer.out_features * size + 20 * ROWS * layer.in_features
-                           + 12 * other * p.rank + 12 * p.dim * p.rank)  # fmt: skip
+                           + 12 * other * p.rank + 12 * p.dim * p.rank)
     bits = {"adamw": 32, "adam8bit": 8, "qgalore": c["moment_bits"]}[method]
     sizes = [p.nbytes for p in model.parameters()]
     plan["embedding, head, norms" if method == "qgalore" else "weights"] += sum(sizes)

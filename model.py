@@ -27,9 +27,9 @@ LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62
 class QLinear(nn.Module):
     """y = x W^T with W (out_features, in_features) in 8 bits, group-wise, or with bits=16 plainly in `dtype`.
 
-    W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight. Backward gives
-    the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features), dy (T, out_features);
-    the weight's gradient is dy^T x. Without a hook the weight stays as it is.
+    W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight. Backward
+    gives the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features) and
+    dy (T, out_features); the weight's gradient is dy^T x. Without a hook the weight stays as it is.
     """
 
     def __init__(self, in_features, out_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None):
@@ -65,7 +65,7 @@ class QLinear(nn.Module):
 
     def forward(self, x):
         if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # else autograd skips backward, and with it the hook, in a model's first layer
+            x = x.detach().requires_grad_()  # else a model's first layer has no backward, and no hook
         return _QLinearFunction.apply(x, self)
 
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nh, T, hs)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nkv, T, hs)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nk, T, hs)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if cache is not None:  # a window of the last block_size keys: RoPE sees distances, not positions
             if cache:
@@ -161,8 +161,8 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """config: LLaMAConfig. linear: makes a layer from (in_features, out_features, device=, dtype=): QLinear, a partial of
-    it, or plain_linear for full-rank training. Layers are built one after the other on
+    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, device=, dtype=): QLinear, a partial
+    of it, or plain_linear for full-rank training. Layers are built one after the other on
     `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights)."""
 
     def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32):
@@ -194,7 +194,7 @@ class LLaMA(nn.Module):
         return cls(config, linear, device, dtype)
 
     def forward(self, idx, targets=None, caches=None, position=0):
-        """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token, float32;
+        """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token;
         without, the last position's logits (B, vocab_size), float32. caches: one dict a block, filled as it goes, for
         the `position` tokens seen before idx."""
         x = self.embed(idx)  # (B, T, C)
@@ -211,10 +211,10 @@ class LLaMA(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """Yield max_new_tokens times the next token of each row, (B, 1) int64, sampled after the prompt idx (B, T >= 1).
+        """Yield max_new_tokens times the next token of each row, (B, 1) int64, sampled after the prompt idx (B, T).
 
-        temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all tokens in; else the k likeliest, and of those the
-        fewest whose probabilities sum to top_p. Each token costs one position's work: keys and values are kept."""
+        temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all tokens in; else the k likeliest, and of those
+        the fewest whose probabilities sum to top_p. Each token costs one position's work: keys and values are kept."""
         caches = [{} for _ in self.blocks]
         idx, position = idx[:, -self.config.block_size :], 0
         for _ in range(max_new_tokens):
@@ -254,7 +254,7 @@ def rope(start, length, config, x):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x (..., T, head_dim), the two halves of a head as a pair's two coordinates, as Hugging Face lays it out."""
+    """RoPE on x (..., T, head_dim), the two halves of a head as a pair's two coordinates, as in Hugging Face."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 

@@ -14,14 +14,16 @@ so micro-batches accumulate in R exactly.
 P comes from the current gradient every `gap` steps, in INT4. A layer whose subspace has come to rest doubles its own
 gap, and stops paying for refreshes (section 3.2).
 
-What differs from the well-known galore-torch and q-galore-torch: accumulation, every parameter is trained, the update is
+What differs from the well-known galore-torch and q-galore-torch: accumulation, all parameters train, the update is
 added in float32 before it is rounded, a randomised range finder takes the place of the full SVD, similarity compares
 subspaces and not the first vector with its sign, and the state can be saved.
 """
 
+import logging
 from collections import deque
 from functools import partial
 
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses 4-bit kernels: none is used here
 import bitsandbytes.functional as bnb
 import torch
 
@@ -146,7 +148,7 @@ class Moments:
         p, g: of one dtype. step: 1 at the first."""
         if self.bits == 8:
             bnb.optimizer_update_8bit_blockwise("adam", g, p, self.m, self.v, *betas, 0.0, 0.0, eps, step, lr,
-                                                *_code_maps(p.device), self.m_max, self.v_max, weight_decay)  # fmt: skip
+                                                *_code_maps(p.device), self.m_max, self.v_max, weight_decay)
             return
         g = g.float()
         self.m.lerp_(g, 1 - betas[0])
@@ -183,7 +185,7 @@ class QGaLore:
 
     def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, gap=200, scale=0.25,
                  threshold=0.4, k=5, proj_bits=4, moment_bits=8, stochastic_rounding=True, svd=False, grad_clip=0.0,
-                 seed=0):  # fmt: skip
+                 seed=0):
         if proj_bits not in (4, 8, 16) or moment_bits not in (8, 32):
             raise ValueError(f"proj_bits is 4, 8 or 16, not {proj_bits}; moment_bits is 8 or 32, not {moment_bits}")
         self.param_groups = [{"lr": lr}]
@@ -195,7 +197,7 @@ class QGaLore:
         for name, module in model.named_modules():
             if isinstance(module, QLinear):
                 self.projections[name] = Projection(module.out_features, module.in_features, rank, gap, threshold, k,
-                                                    proj_bits, svd)  # fmt: skip
+                                                    proj_bits, svd)
                 module.hook = partial(self._step_layer, name)
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -240,7 +242,7 @@ class QGaLore:
             return
         self.steps[name] = step = self.steps.get(name, 0) + 1
         self._moments(name, p).step_(p, grad, step, self.param_groups[0]["lr"], self.betas, self.eps,
-                                     self.weight_decay if p.ndim > 1 else 0.0)  # fmt: skip
+                                     self.weight_decay if p.ndim > 1 else 0.0)
 
     def _moments(self, name, like):
         if name not in self.moments:
@@ -262,7 +264,7 @@ class QGaLore:
         """Since the last call: grad_norm over all weights (of the low-rank gradient where projected) and the number of
         steps skipped; and the refreshes since the start of training."""
         stats = {"grad_norm": self.norm_squared**0.5, "skipped": self.skipped,
-                 "refreshes": sum(p.refreshes for p in self.projections.values())}  # fmt: skip
+                 "refreshes": sum(p.refreshes for p in self.projections.values())}
         self.norm_squared, self.skipped = 0.0, 0
         return stats
 

@@ -199,9 +199,9 @@ def test_the_model_is_the_llama_of_transformers(kv_heads, tie):
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=kv_heads, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-        max_position_embeddings=c.block_size, tie_word_embeddings=tie))  # fmt: skip
+        max_position_embeddings=c.block_size, tie_word_embeddings=tie))
     rename = {"embed.": "model.embed_tokens.", "blocks.": "model.layers.", "attn_norm": "input_layernorm",
-              "mlp_norm": "post_attention_layernorm", ".attn.": ".self_attn.", "head.": "lm_head."}  # fmt: skip
+              "mlp_norm": "post_attention_layernorm", ".attn.": ".self_attn.", "head.": "lm_head."}
     state = {}
     for name, tensor in ours.state_dict().items():
         name = "model." + name if name == "norm.weight" else name
@@ -250,7 +250,12 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_top_k_the_likeliest():
     model = LLaMA(tiny())
     probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
     model.forward = lambda *args, **kwargs: torch.cat([torch.full((1, 57), -99.0), probability.log()[None]], dim=1)
-    draw = lambda **how: {t.item() - 57 for t in model.generate(torch.zeros(1, 1, dtype=torch.long), 200, generator=torch.Generator().manual_seed(0), **how)}  # fmt: skip
+
+    def draw(**how):
+        generator = torch.Generator().manual_seed(0)
+        idx = torch.zeros(1, 1, dtype=torch.long)
+        return {token.item() - 57 for token in model.generate(idx, 200, generator=generator, **how)}
+
     assert draw(top_p=0.7) == {0, 1} and draw(top_k=3) == {0, 1, 2} and draw(temperature=0) == {0}
 
 
@@ -351,7 +356,7 @@ def test_at_full_rank_with_every_quantiser_off_it_is_adamw():
     ours, theirs = float_llama(), with_torch_linears(float_llama())
     QGaLore(ours, lr=0.01, weight_decay=0.1, rank=1000, scale=1.0, proj_bits=16, moment_bits=32, gap=3)
     groups = [{"params": [p for p in theirs.parameters() if (p.ndim > 1) == decayed], "weight_decay": 0.1 * decayed}
-              for decayed in (True, False)]  # fmt: skip
+              for decayed in (True, False)]
     adamw = torch.optim.AdamW(groups, lr=0.01)
     for i in range(20):
         x, y = tokens(seed=i)
@@ -372,7 +377,7 @@ def test_with_exact_svd_and_nothing_quantised_it_steps_as_galores_own_optimizer(
     layer = QLinear(shape[1], shape[0], bits=16)
     theirs = nn.Parameter(layer.weight.clone())
     QGaLore(layer, lr=0.01, eps=1e-12, weight_decay=0.0, rank=8, gap=10, scale=0.25, threshold=2.0, proj_bits=16,
-            moment_bits=32, svd=True)  # fmt: skip
+            moment_bits=32, svd=True)
     group = {"params": [theirs], "rank": 8, "update_proj_gap": 10, "scale": 0.25, "proj_type": "std"}
     galore = galore_torch.GaLoreAdamW([group], lr=0.01, eps=1e-12, no_deprecation_warning=True)
     for _ in range(20):
@@ -410,7 +415,11 @@ def test_every_parameter_moves_at_the_rate_that_is_set(bits):
     torch.manual_seed(0)
     model = LLaMA(tiny(), linear=lambda *args, **kwargs: QLinear(*args, bits=bits, **kwargs))
     optimizer = QGaLore(model, rank=8, scale=0.25, moment_bits=32, proj_bits=16, stochastic_rounding=False)
-    snapshot = lambda: {n: m.float_weight().clone() for n, m in model.named_modules() if isinstance(m, QLinear)} | {n: p.detach().clone() for n, p in model.named_parameters()}  # fmt: skip
+
+    def snapshot():
+        layers = {n: m.float_weight().clone() for n, m in model.named_modules() if isinstance(m, QLinear)}
+        return layers | {n: p.detach().clone() for n, p in model.named_parameters()}
+
     for rate in (0.5, 0.0):
         optimizer.param_groups[0]["lr"] = rate
         before = snapshot()
@@ -551,8 +560,10 @@ def test_it_attaches_to_any_model_that_holds_qlinear_and_ordinary_parameters():
 # -----------------------------------------------------------------------------
 # train.py and sample.py, as processes
 
-TINY_RUN = ("--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --encoding=bytes --block_size=32 --batch_size=4 "
-            "--rank=16 --proj_gap=3 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1 --warmup_iters=2").split()  # fmt: skip
+TINY_RUN = (
+    "--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --encoding=bytes --block_size=32 --batch_size=4"
+    " --rank=16 --proj_gap=3 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1 --warmup_iters=2"
+).split()
 
 
 def write_shards(folder, n=20_000, n_vocab=257):
@@ -574,7 +585,7 @@ def shards(tmp_path_factory):
 
 def script(name, *args, **popen):
     return subprocess.Popen([sys.executable, f"{HERE}/{name}", *map(str, args)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **popen)  # fmt: skip
+                            stderr=subprocess.PIPE, text=True, **popen)
 
 
 def run(name, *args, **popen):
@@ -642,7 +653,8 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_leave_cleanly(shards, tmp_p
 @pytest.mark.parametrize("method", ["qgalore", "adamw", "adam8bit"])
 def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tmp_path, method):
     code, out, err = run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, f"--method={method}",
-                         "--max_iters=40", "--eval_interval=20", "--grad_clip=10", "--weight_decay=0.01", "--sample_tokens=5")  # fmt: skip
+                         "--max_iters=40", "--eval_interval=20", "--grad_clip=10", "--weight_decay=0.01",
+                         "--sample_tokens=5")
     assert code == 0 and "next: " in out, err
     log = read_log(tmp_path)
     assert log[40, "val_loss"] < log[0, "val_loss"] - 1
@@ -680,8 +692,8 @@ def test_dry_run_counts_the_bytes_that_weights_and_optimizer_then_take(shards):
 def test_dry_run_counts_the_activations_that_autograd_keeps():
     for checkpointed in (False, True):
         settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
-        config = configure(settings, ["--n_layer=4", "--n_embd=256", "--n_head=4", "--n_kv_head=4", "--ffn_dim=704", "--vocab_size=64",
-                                      "--batch_size=4", f"--checkpoint_activations={checkpointed}"])  # fmt: skip
+        shape = "--n_layer=4 --n_embd=256 --n_head=4 --n_kv_head=4 --ffn_dim=704 --vocab_size=64 --batch_size=4".split()
+        config = configure(settings, [*shape, f"--checkpoint_activations={checkpointed}"])
         plan = memory_plan(config, torch.float32)["activations"]
         model, kept = LLaMA.from_settings(config, "cpu", torch.float32), {}
         with torch.autograd.graph.saved_tensors_hooks(
@@ -715,10 +727,11 @@ def test_a_run_that_does_not_fit_says_so_before_it_allocates_and_a_dry_run_says_
 def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("learning_rat = 0.1\n")
     settings = {"learning_rate": 0.01, "max_iters": 10, "out_dir": "out", "compile": False}
-    for args, words in [(["--learning_rat=1"], "did you mean 'learning_rate'"), (["--max_iters=many"], "max_iters must be int"),
-                        (["--compile=1"], "compile must be bool"), (["--max_iters=1.5"], "max_iters must be int"),
+    for args, words in [(["--learning_rat=1"], "did you mean 'learning_rate'"),
+                        (["--max_iters=many"], "max_iters must be int"), (["--max_iters=1.5"], "max_iters must be int"),
+                        (["--compile=1"], "compile must be bool"),
                         (["config/none.py"], "config/none.py"), ([f"{tmp_path}/bad.py"], "bad.py"),
-                        (["--out_dir"], "--key=value")]:  # fmt: skip
+                        (["--out_dir"], "--key=value")]:
         with pytest.raises(SystemExit, match="error: ") as e:
             configure(dict(settings), args)
         assert words in str(e.value) and "\n" not in str(e.value)

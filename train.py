@@ -86,9 +86,9 @@ seed = 1337
 # -----------------------------------------------------------------------------
 
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
-              "weight_bits", "weight_group_size", "rank", "proj_bits", "moment_bits")  # fmt: skip
+              "weight_bits", "weight_group_size", "rank", "proj_bits", "moment_bits")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
-              "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)  # fmt: skip
+              "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)
 
 
 class Windows:
@@ -99,7 +99,7 @@ class Windows:
     def __init__(self, pattern, block_size, vocab_size, seed=None):
         self.paths = sorted(glob.glob(pattern))
         if not self.paths:
-            raise SystemExit(f"error: no shards {pattern}; make them with prepare_c4.py, or name their folder: data_dir")
+            raise SystemExit(f"error: no shards {pattern}; make some with prepare_c4.py, or set data_dir")
         self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
         self.counts = []
         for path in self.paths:
@@ -131,7 +131,7 @@ class Windows:
             self.shard, self.tokens = shard, read_shard(self.paths[shard])[0]
             if self.tokens.max() >= self.vocab_size:
                 raise SystemExit(f"error: {self.paths[shard]}: token {self.tokens.max()} is beyond vocab_size "
-                                 f"{self.vocab_size}")  # fmt: skip
+                                 f"{self.vocab_size}")
             self.windows = self._permutation(self.counts[shard], epoch, shard + 1)
         start = self.windows[i - self.ends[place]] * self.block_size  # counted from the shard's end
         return self.tokens[start : start + self.block_size + 1]
@@ -237,10 +237,10 @@ def main():
     if free is not None and need > free:
         largest = max(plan, key=plan.get)
         lower = {"activations": "batch_size, block_size, or set checkpoint_activations=True", "scratch": "vocab_size",
-                 "moments": "rank", "projections": "rank", "gradients": "gradient_accumulation_steps"}  # fmt: skip
+                 "moments": "rank", "projections": "rank", "gradients": "gradient_accumulation_steps"}
         raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {kind} has {free / GIB:.2f} free; the "
                          f"largest part is {largest}, {plan[largest] / GIB:.2f}: lower "
-                         f"{lower.get(largest, 'n_layer or n_embd')} (--dry_run=True lists all)")  # fmt: skip
+                         f"{lower.get(largest, 'n_layer or n_embd')} (--dry_run=True lists all)")
 
     # output folder
     ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
@@ -278,11 +278,11 @@ def main():
     else:
         optimizer = QGaLore(model, learning_rate, (beta1, beta2), adam_eps, weight_decay, rank, proj_gap, galore_scale,
                             proj_threshold, proj_k, proj_bits, moment_bits if method == "qgalore" else 8,
-                            stochastic_rounding, proj_svd, grad_clip, seed)  # fmt: skip
+                            stochastic_rounding, proj_svd, grad_clip, seed)
         clamped = [name for name, p in optimizer.projections.items() if p.rank < rank]
         if clamped:
             print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
-                  f"them: these train at full rank")  # fmt: skip
+                  f"them: these train at full rank")
     autocast = torch.autocast(kind, compute_dtype) if compute_dtype != weight_dtype else nullcontext()
     start = 0
     if checkpoint is not None:
@@ -304,7 +304,7 @@ def main():
 
     def save(it):
         save_checkpoint(ckpt_path, {"config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                    "iter": it, "position": train_data.position})  # fmt: skip
+                                    "iter": it, "position": train_data.position})
 
     try:
         if wandb_log:
@@ -370,7 +370,7 @@ def main():
         it += 1
         bar.update()
         if (it - 1) % log_interval == 0 or stopped:
-            entry = {"iter": it - 1, "loss": loss.item(), "lr": lr, "tokens": it * tokens_per_step}  # .item() waits for the GPU
+            entry = {"iter": it - 1, "loss": loss.item(), "lr": lr, "tokens": it * tokens_per_step}  # a sync point
             now = time.perf_counter()
             entry["tokens_per_s"] = (it - clock_it) * tokens_per_step / (now - clock)
             clock, clock_it = now, it
@@ -394,8 +394,8 @@ def main():
         print("--- a sample: the prompt, then what the model makes of it")
         stream(model, get_encoding(encoding), prompt, sample_tokens, temperature=0.7, top_k=40, top_p=1.0, seed=seed)
     print(f"--- {out_dir}: val loss {val_loss:.4f}, peak memory {memory_peak(kind):.2f} GiB; see {out_dir}/loss.png")
-    print(f"next: python sample.py --out_dir={out_dir} --prompt='The function'   or   python prepare_c4.py --shards=1 && "
-          f"python train.py config/llama_60m.py")  # fmt: skip
+    print(f"next: python sample.py --out_dir={out_dir} --prompt='The function'")
+    print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,19 @@ data_input = "docs"
 encoding = "bytes"
 vocab_size = 257
 
-n_layer = 4
-n_head = 4
-n_embd = 128
-ffn_dim = 352
+n_layer = 2
+n_head = 6
+n_embd = 192
+ffn_dim = 528
 block_size = 128
 batch_size = 8
 
-rank = 32
+rank = 48
 proj_gap = 50
-learning_rate = 0.01
-max_iters = 800
-warmup_iters = 80
+galore_scale = 1.0
+learning_rate = 0.002
+max_iters = 1000
+warmup_iters = 100
 eval_interval = 200
 eval_iters = 50
 sample_tokens = 400
