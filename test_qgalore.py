@@ -89,10 +89,10 @@ def test_weights_that_are_quantised_again_unmoved_keep_their_codes():
 
 def test_repeated_requantisation_of_moving_weights_neither_shrinks_nor_shifts_them():
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(256, 256, generator=generator) * 0.02 + 0.005  # off centre: a rounded zero point would show
+    w = torch.randn(128, 256, generator=generator) * 0.02 + 0.005  # off centre: a rounded zero point would show
     codes, total = quantize_int8(w), torch.zeros_like(w)
     w0 = dequantize_int8(*codes)
-    for _ in range(300):
+    for _ in range(200):
         step = torch.randn(w.shape, generator=generator) * 2e-5  # about a tenth of a grid unit
         codes = quantize_int8(dequantize_int8(*codes) + step, stochastic=True, generator=generator)
         total += step
@@ -104,10 +104,10 @@ def test_repeated_requantisation_of_moving_weights_neither_shrinks_nor_shifts_th
 
 
 def test_steps_of_a_hundredth_of_a_grid_unit_add_up_only_with_stochastic_rounding():
-    w = torch.linspace(-1, 1, 256).repeat(64, 1)[:, torch.randperm(256, generator=torch.Generator().manual_seed(0))]
+    w = torch.linspace(-1, 1, 256).repeat(16, 1)[:, torch.randperm(256, generator=torch.Generator().manual_seed(0))]
     inner = w.abs() < 0.9  # the ends of a group set its grid, and stay where they are
     for stochastic in (True, False):
-        layer = QLinear(256, 64)
+        layer = QLinear(256, 16)
         layer.set_weight(w)
         unit, start, generator = layer.scale.mean().item(), layer.float_weight(), torch.Generator().manual_seed(0)
         delta = torch.where(inner, 0.01 * unit, 0.0)
@@ -738,7 +738,7 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     configure(settings, ["--learning_rate=1", "--max_iters=1e3", "--out_dir=7"])
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
-    for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--proj_bits=5"):
+    for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0"):
         one_line_error(
             run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0]
         )
@@ -922,12 +922,18 @@ def large(tmp_path):
 
 
 def start_and_wait_until_the_large_shard_is_half_made(folder):
-    run = prepare_c4_command(f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0", "--workers=2")
     half = folder / "out/b_train_00000.bin.tmp"
-    while not (half.exists() and half.stat().st_size):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.001)
-    return run
+    for _ in range(5):  # on a busy machine we may come too late
+        run = prepare_c4_command(f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0", "--workers=2")
+        while not (half.exists() and half.stat().st_size) and run.poll() is None:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGSTOP)
+        if half.exists():
+            return run
+        run.send_signal(signal.SIGCONT)
+        assert run.wait(timeout=60) == 0, run.communicate()
+        (folder / "out/b_train_00000.bin").unlink()
+    raise AssertionError("the shard was always made before it could be stopped")
 
 
 def processes_with(text):
@@ -959,6 +965,7 @@ def test_after_a_kill_the_same_command_keeps_the_finished_shard_and_makes_the_ot
 def test_an_interrupt_leaves_no_half_shard_and_one_line(large):
     run = start_and_wait_until_the_large_shard_is_half_made(large)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    run.send_signal(signal.SIGCONT)
     out, err = run.communicate(timeout=30)
     assert run.returncode == 1 and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err, err
     assert glob.glob("*.bin*", root_dir=large / "out") == ["a_train_00000.bin"]

@@ -114,8 +114,7 @@ class Windows:
 
     def batch(self, n):
         """The next n windows: x, y (n, block_size) int64, y one token ahead."""
-        rows = np.stack([self._next() for _ in range(n)]).astype(np.int64)  # (n, block_size + 1)
-        rows = torch.from_numpy(rows)
+        rows = torch.from_numpy(np.stack([self._next() for _ in range(n)]).astype(np.int64))  # (n, block_size + 1)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def _next(self):
@@ -178,6 +177,18 @@ def load_checkpoint(path, config):
     return checkpoint
 
 
+def read_log(path):
+    """The objects of log.jsonl, up to a line that a power cut tore."""
+    entries = []
+    with open(path) as f:
+        for line in f:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries
+
+
 def plot_loss(out_dir):
     """Draw loss.png from log.jsonl."""
     import matplotlib
@@ -185,11 +196,10 @@ def plot_loss(out_dir):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(os.path.join(out_dir, "log.jsonl")) as f:
-        log = [json.loads(line) for line in f]
+    log = read_log(os.path.join(out_dir, "log.jsonl"))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for key, style in (("loss", {"lw": 1, "alpha": 0.5}), ("val_loss", {"marker": "o", "ms": 3})):
-        lines = [entry for entry in log if entry.get(key) is not None]
+        lines = [entry for entry in log if key in entry]
         axes.plot([e["tokens"] for e in lines], [e[key] for e in lines], label=key, **style)
     axes.set(xlabel="tokens", ylabel="loss, nats a token", title=out_dir)
     axes.grid(alpha=0.3)
@@ -208,6 +218,10 @@ def main():
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "cuda"):
         raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
+    for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval",
+                "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k"):
+        if config[key] < 1:
+            raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
     if proj_bits not in (4, 8, 16) or weight_bits not in (8, 16) or moment_bits not in (8, 32):
         raise SystemExit("error: proj_bits is 4, 8 or 16, weight_bits 8 or 16, moment_bits 8 or 32")
@@ -242,6 +256,12 @@ def main():
                          f"largest part is {largest}, {plan[largest] / GIB:.2f}: lower "
                          f"{lower.get(largest, 'n_layer or n_embd')} (--dry_run=True lists all)")
 
+    # data
+    if data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
+        prepare(input=data_input, out_dir=data_dir, encoding=encoding)
+    train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, vocab_size, seed)
+    val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, vocab_size)
+
     # output folder
     ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
     checkpoint = load_checkpoint(ckpt_path, config) if init_from == "resume" else None
@@ -252,7 +272,7 @@ def main():
                 if os.path.exists(path):
                     os.replace(path, path.replace("ckpt", "previous_ckpt").replace("log.", "previous_log."))
         else:  # drop what was logged after the checkpoint: those steps come again
-            kept = [s for s in open(log_path) if json.loads(s)["iter"] < checkpoint["iter"]]
+            kept = [json.dumps(entry) + "\n" for entry in read_log(log_path) if entry["iter"] < checkpoint["iter"]]
             with replacing(log_path) as f:
                 f.write("".join(kept).encode())
         with replacing(os.path.join(out_dir, "config.json")) as f:
@@ -260,12 +280,6 @@ def main():
         log_file = open(log_path, "a", buffering=1)  # a line is on its way to disk as soon as it is written
     except OSError as e:
         raise SystemExit(f"error: cannot write to out_dir {out_dir}: {e.strerror}")
-
-    # data
-    if data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
-        prepare(input=data_input, out_dir=data_dir, encoding=encoding)
-    train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, vocab_size, seed)
-    val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, vocab_size)
 
     # model and optimizer
     torch.manual_seed(seed)
