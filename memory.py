@@ -1,52 +1,73 @@
 """
 What a run takes, counted before anything is allocated, and what the device has.
+
+The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake tensors, which have shapes and
+no data. Every allocation passes by and is counted, temporaries included, so the plan cannot fall behind the code.
+Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.5 GiB) and what lies in fragments.
 """
 
 import sys
+import weakref
+from contextlib import nullcontext
 
 import torch
-
-from model import LLaMA, LOSS_CHUNK, QLinear
-from qgalore import MIN_8BIT, ROWS, Projection
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 
 
-def memory_plan(config, dtype):
-    """{part: bytes} of a run, its model laid out on the meta device, where nothing is allocated. Weights and optimizer
-    state are exact; activations and scratch are counted by hand from model.py and qgalore.py."""
-    model, c, size = LLaMA.from_settings(config, "meta", dtype), config, dtype.itemsize
-    method = c["method"]
-    tokens = c["batch_size"] * c["block_size"]
-    kv = c["n_embd"] // c["n_head"] * c["n_kv_head"]
-    saved = size * (4 * c["n_embd"] + 2 * kv + 4 * c["ffn_dim"]) + 8 * c["n_embd"]  # a token and block
-    plan = dict.fromkeys(["weights", "embedding, head, norms", "projections", "moments", "gradients"], 0)
-    scratch = [3 * LOSS_CHUNK * c["vocab_size"] * 4]
-    low_rank = 0
-    for layer in model.modules():
-        if isinstance(layer, QLinear):
-            plan["weights"] += sum(b.nbytes for b in layer.buffers())
-            p = Projection(layer.out_features, layer.in_features, c["rank"], bits=c["proj_bits"])
-            other = layer.in_features + layer.out_features - p.dim
-            plan["projections"] += p.nbytes()
-            plan["moments"] += moment_bytes(other * p.rank, c["moment_bits"])
-            low_rank += 4 * other * p.rank
-            scratch.append(layer.in_features * layer.out_features * size + 20 * ROWS * layer.in_features
-                           + 12 * other * p.rank + 12 * p.dim * p.rank)
-    bits = {"adamw": 32, "adam8bit": 8, "qgalore": c["moment_bits"]}[method]
-    sizes = [p.nbytes for p in model.parameters()]
-    plan["embedding, head, norms" if method == "qgalore" else "weights"] += sum(sizes)
-    plan["moments"] += sum(moment_bytes(p.numel(), bits) for p in model.parameters())
-    in_backward = method != "adamw" and c["gradient_accumulation_steps"] == 1
-    plan["gradients"] = max(sizes) if in_backward else sum(sizes) + low_rank
-    kept = saved + c["n_layer"] * c["n_embd"] * size if c["checkpoint_activations"] else c["n_layer"] * saved
-    plan["activations"] = tokens * (kept + 3 * c["n_embd"] * size)  # three more around the head
-    plan["scratch"] = max(scratch)
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that live: `now`, and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.bytes:
+                self.bytes[key] = t.untyped_storage().nbytes()
+                self.now += self.bytes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(t.untyped_storage(), self._free, key)
+        return out
+
+    def _free(self, key):
+        self.now -= self.bytes.pop(key)
+
+
+def memory_plan(settings, build, weight_dtype, dtype):
+    """{part: bytes} of a run, at the peak of a step that refreshes every subspace.
+
+    settings: train.py's. build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
+    """
+    live, plan = Live(), {}
+    autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        model, optimizer = build(settings, "cpu", weight_dtype)
+        plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        if settings["method"] != "adamw":
+            plan["moments"] = live.now - plan["weights"]
+            for projection in optimizer.projections.values():
+                projection.basis = projection.encode(torch.empty(projection.dim, projection.rank))
+            plan["projections"] = live.now - sum(plan.values())
+        shape = settings["batch_size"], settings["block_size"]
+        accumulation = min(2, settings["gradient_accumulation_steps"])
+        for _ in range(2 if settings["method"] == "adamw" else 1):  # torch makes the moments at the first step
+            for micro in range(accumulation):
+                idx = torch.zeros(shape, dtype=torch.int64)
+                optimizer.accumulating = micro < accumulation - 1
+                with autocast:
+                    loss = model(idx, idx)
+                loss.backward()
+            if settings["method"] == "adamw":
+                optimizer.step()
+                optimizer.zero_grad()
+    plan["gradients, activations"] = live.peak - sum(plan.values())
     return plan
-
-
-def moment_bytes(n, bits):
-    return 8 * n if bits == 32 or n < MIN_8BIT else 2 * (n + 4 * -(-n // 256))
 
 
 def memory_free(device):

@@ -15,10 +15,9 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import skip_init
-from torch.utils.checkpoint import checkpoint
 
-from quant import GROUP_SIZE, dequantize_int8, quantize_int8
+from kernels import add_low_rank_int8_, dequantize_int8
+from quant import GROUP_SIZE, chunks, quantize_int8
 
 INIT_STD = 0.02
 LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB, where 16 x 256 at once are 500
@@ -46,22 +45,16 @@ class QLinear(nn.Module):
         else:
             self.register_buffer("weight", w)
 
-    def float_weight(self, dtype=torch.float32, rows=slice(None)):
-        """W[rows] in `dtype`."""
-        if self.bits == 8:
-            return dequantize_int8(self.q[rows], self.scale[rows], self.zero[rows], dtype)
-        return self.weight[rows].to(dtype)
+    def float_weight(self, dtype=torch.float32):
+        """W in `dtype`."""
+        return dequantize_int8(self.q, self.scale, self.zero, dtype) if self.bits == 8 else self.weight.to(dtype)
 
-    def add_(self, delta, rows=slice(None), shrink=1.0, stochastic=True, generator=None):
-        """W[rows] <- round(shrink * W[rows] + delta), the sum formed in float32 (Q-GaLore, section 3.4).
-
-        delta: (rows, in_features) float32. stochastic: how INT8 rounds; False rounds to nearest.
-        """
-        w = self.float_weight(rows=rows).mul(shrink).add_(delta)
+    def add_low_rank_(self, left, right, shrink=1.0, key=None):
+        """W <- shrink * W + left @ right^T; arguments as for quant.add_low_rank_int8_, which rounds INT8 weights."""
         if self.bits == 8:
-            self.q[rows], self.scale[rows], self.zero[rows] = quantize_int8(w, self.group_size, stochastic, generator)
+            add_low_rank_int8_(self.q, self.scale, self.zero, left, right, shrink, key)
         else:
-            self.weight[rows] = w.to(self.weight.dtype)
+            self.weight.addmm_(left.to(self.weight.dtype), right.T.to(self.weight.dtype), beta=shrink)
 
     def forward(self, x):
         if torch.is_grad_enabled() and not x.requires_grad:
@@ -98,6 +91,7 @@ class LLaMAConfig:
     norm_eps: float = 1e-6
     tie_embedding: bool = False
     checkpoint_activations: bool = False  # keep only the blocks' inputs, compute the rest again in backward
+    checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
 
 
 class RMSNorm(nn.Module):
@@ -109,7 +103,57 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
+        return _RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps x as it came for backward, where autograd would keep a float32 copy: 64 MiB a norm at 7B, twice a block."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.float()
+        rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return (h * rstd * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        h, dy = x.float() * rstd, dy.float()
+        dw = (dy * h).flatten(0, -2).sum(dim=0)
+        dh = dy * weight
+        dx = (dh - h * (dh * h).mean(dim=-1, keepdim=True)) * rstd
+        return dx.to(x.dtype), dw, None
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up (arXiv 2002.05202)."""
+
+    def forward(self, gate, up):
+        return _SwiGLUFunction.apply(gate, up)
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    """Keeps gate and up alone and makes silu(gate) again: 86 MiB less a block at 7B."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate = torch.ops.aten.silu_backward(dy * up, gate)
+        return dgate, F.silu(gate).mul_(dy)
+
+
+class Rotate(nn.Module):
+    """RoPE on x (..., T, head_dim), the two halves of a head as a pair's two coordinates, as in Hugging Face."""
+
+    def forward(self, x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -121,11 +165,12 @@ class Attention(nn.Module):
         self.k_proj = linear(c.n_embd, c.n_kv_head * self.head_dim)
         self.v_proj = linear(c.n_embd, c.n_kv_head * self.head_dim)
         self.o_proj = linear(c.n_head * self.head_dim, c.n_embd)
+        self.rotate = Rotate()
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nh, T, hs)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nk, T, hs)
+        q = self.rotate(self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nh, T, hs)
+        k = self.rotate(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nk, T, hs)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if cache is not None:  # a window of the last block_size keys: RoPE sees distances, not positions
             if cache:
@@ -142,9 +187,10 @@ class MLP(nn.Module):
         self.gate_proj = linear(c.n_embd, c.ffn_dim)
         self.up_proj = linear(c.n_embd, c.ffn_dim)
         self.down_proj = linear(c.ffn_dim, c.n_embd)
+        self.swiglu = SwiGLU()
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -158,6 +204,27 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class _Checkpoint(torch.autograd.Function):
+    """A block of which only the input is kept: backward makes the rest again. bits 8 keeps the input group-wise in
+    INT8, 0.5 in place of 1 GiB at 7B with 16 x 256 tokens."""
+
+    @staticmethod
+    def forward(ctx, x, block, cos, sin, bits):
+        ctx.block, ctx.shape, ctx.dtype, ctx.bits = block, x.shape, x.dtype, bits
+        ctx.save_for_backward(cos, sin, *(quantize_int8(x.flatten(0, -2)) if bits == 8 else (x,)))
+        return block(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin, *x = ctx.saved_tensors
+        x = dequantize_int8(*x, dtype=ctx.dtype).view(ctx.shape) if ctx.bits == 8 else x[0].detach()
+        x.requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x, cos, sin)
+        torch.autograd.backward(y, dy)  # steps the block's weights
+        return x.grad, None, None, None, None
 
 
 class LLaMA(nn.Module):
@@ -201,7 +268,7 @@ class LLaMA(nn.Module):
         cos, sin = rope(position, idx.shape[1], self.config, x)
         for i, block in enumerate(self.blocks):
             if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = _Checkpoint.apply(x, block, cos, sin, self.config.checkpoint_bits)
             else:
                 x = block(x, cos, sin, caches[i] if caches else None)
         x = self.norm(x)
@@ -229,6 +296,12 @@ class LLaMA(nn.Module):
                 idx = token.gather(1, torch.multinomial(p, 1, generator=generator))
             yield idx
 
+    def compile_pointwise(self):
+        """torch.compile what lies between the matrices, each a few passes over memory in one."""
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, Rotate, SwiGLU)):
+                module.compile()
+
     def flops_per_token(self):
         """Of forward and backward, by the usual count 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""
         c = self.config
@@ -239,8 +312,8 @@ class LLaMA(nn.Module):
 
 def plain_linear(n_in, n_out, device=None, dtype=None):
     """torch's Linear without bias, started from the draws that start a QLinear: a seed gives every method one model."""
-    layer = skip_init(nn.Linear, n_in, n_out, bias=False, device=device or "cpu", dtype=dtype)
-    nn.init.normal_(layer.weight, std=INIT_STD)
+    layer = nn.Linear(n_in, n_out, bias=False, device="meta")  # where its own start is not drawn
+    layer.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device).normal_(std=INIT_STD))
     return layer
 
 
@@ -251,12 +324,6 @@ def rope(start, length, config, x):
     angle = torch.outer(torch.arange(start, start + length, device=x.device, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-
-def rotate(x, cos, sin):
-    """RoPE on x (..., T, head_dim), the two halves of a head as a pair's two coordinates, as in Hugging Face."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -271,7 +338,7 @@ class _HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), device=h.device)
         if need_grad:
             dh, dw = torch.empty_like(h), torch.zeros_like(weight)
-        for i in range(0, len(h), LOSS_CHUNK):
+        for i in chunks(h, len(h), LOSS_CHUNK):
             x, t = h[i : i + LOSS_CHUNK], targets[i : i + LOSS_CHUNK, None]
             logits = F.linear(x, weight).float()  # (chunk, V)
             log_z = logits.logsumexp(dim=-1, keepdim=True)

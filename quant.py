@@ -12,21 +12,56 @@ codes. (An integer zero point, as in the paper's code, clamps one end of almost 
 is a hidden weight decay.) Cost: 8 bytes a group, 3 % of INT8 weights at the paper's group of 256.
 
 Group sizes are powers of two. That makes them readable from the shapes alone, so dequantising needs no extra argument.
+
+A training step uses one function more, add_low_rank_int8_: dequantise, add the step, round, quantise again. Its random
+numbers come from a counter, not from a generator's state: element k of call `key` draws uniform(key, k), so a resumed
+run, a CPU and a GPU round alike. kernels.py has these functions again, under the same names, for CUDA.
 """
 
+import hashlib
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
+BLOCK = 2**18  # weights updated at once: each of the half dozen float32 temporaries takes 1 MiB, and stays in cache
 
 
-def stochastic_round(x, generator=None):
+def stochastic_round(x, generator=None, u=None):
     """Round up with probability x - floor(x), else down, so that the mean over draws is x (Q-GaLore, equation 3).
 
-    x: float tensor. Returns a float tensor of whole numbers. Exact in float32: no draw can leave floor(x)..ceil(x).
+    x: float tensor. u: uniform numbers in [0, 1) of its shape, drawn from `generator` if there are none. Returns a
+    float tensor of whole numbers. Exact in float32: no draw can leave floor(x)..ceil(x).
     """
     floor = x.floor()
-    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    if u is None:
+        u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
     return floor.add_(u < x - floor)
+
+
+def random_key(*parts):
+    """A whole number of 32 bits, the same for the same parts (numbers, strings) on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
+
+
+def uniform(key, start, n, device=None):
+    """Numbers start .. start + n - 1 of the stream `key`: (n,) float32, multiples of 2^-24 in [0, 1).
+
+    The hash of a counter: key + k * 2^32 / golden ratio, then the 32-bit mixer "lowbias32" of C. Wellons' hash-prospector.
+    torch has no unsigned 32 bits: multiplications wrap alike in int32, and each right shift is masked.
+    """
+    x = torch.arange(start, start + n, dtype=torch.int32, device=device)
+    x.mul_(_int32(0x9E3779B9)).add_(_int32(key))
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x.mul_(_int32(0x7FEB352D))
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x.mul_(_int32(0x846CA68B))
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+
+
+def _int32(x):
+    return x - 2**32 if x >= 2**31 else x
 
 
 def quantize_int8(w, group_size=GROUP_SIZE, stochastic=False, generator=None):
@@ -36,7 +71,7 @@ def quantize_int8(w, group_size=GROUP_SIZE, stochastic=False, generator=None):
     Returns q int8 (rows, cols); scale, zero float32 (rows, ceil(cols / group_size)).
     Raises ValueError if group_size is not a power of two.
     """
-    return _quantize(w, 8, group_size, stochastic, generator)
+    return _quantize(w, 8, _checked(group_size), stochastic, generator)
 
 
 def dequantize_int8(q, scale, zero, dtype=torch.float32):
@@ -47,13 +82,63 @@ def dequantize_int8(q, scale, zero, dtype=torch.float32):
     return out
 
 
+def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
+    """W <- round(shrink * W + left @ right^T) in place, the sum formed in float32 (Q-GaLore, section 3.4).
+
+    q int8 (rows, cols), scale, zero float32 (rows, n_groups): overwritten, a block of rows at a time. left (rows, r),
+    right (cols, r): of one float dtype. key: a random_key for stochastic rounding, where element (i, j) draws number
+    i * cols + j; None rounds to nearest. A group of which a new value is not finite stays as it was.
+    """
+    for at, start in _blocks(q):
+        w = dequantize_int8(q[at], scale[at], zero[at]).mul_(shrink).add_(left[at] @ right.T)
+        _requantize_int8_(q[at], scale[at], zero[at], w, key, start)
+
+
+def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
+    """A step of Adam whose first moment is INT8 and whose second is the product of a row and a column.
+
+        m <- round(beta * m + (1 - beta) * g)        g <- m / correction / (row_i * col_j + eps), m before it is rounded
+
+    m int8 (rows, cols), scale, zero float32 (rows, n_groups), g (rows, cols) any float dtype: overwritten. row (rows,),
+    col (cols,) float32: roots of the second moment's factors. correction: 1 - beta^step. key: as above.
+    """
+    for at, start in _blocks(m):
+        new = dequantize_int8(m[at], scale[at], zero[at]).lerp_(g[at].float(), 1 - beta)
+        g[at] = new / torch.outer(row[at], col).add_(eps).mul_(correction)
+        _requantize_int8_(m[at], scale[at], zero[at], new, key, start)
+
+
+def _blocks(q):
+    """Slices of q's rows that hold BLOCK elements or a row, each with the number of its first element."""
+    rows, cols = q.shape
+    step = max(1, BLOCK // cols)
+    return [(slice(start, min(start + step, rows)), start * cols) for start in chunks(q, rows, step)]
+
+
+def chunks(tensor, length, size):
+    """Where chunks of `size` of tensor start. Of a fake one, the first two: memory.py counts bytes, and these have all."""
+    starts = range(0, length, size)
+    return starts[:2] if isinstance(tensor, FakeTensor) else starts
+
+
+def _requantize_int8_(q, scale, zero, w, key, start):
+    """Quantise w into q, scale and zero, but for the groups that hold a value that is not finite."""
+    group_size = _group_size(q.shape[1], scale.shape[1])
+    u = None if key is None else uniform(key, start, w.numel(), w.device).view(w.shape)
+    new, s, z = _quantize(w, 8, group_size, u=u)
+    ok = (s + z).isfinite()  # (rows, n_groups)
+    scale.copy_(s.where(ok, scale)), zero.copy_(z.where(ok, zero))
+    for (view, group), (old, _) in zip(_groups(new, group_size), _groups(q, group_size)):
+        old.copy_(view.where(ok[:, group, None], old))
+
+
 def quantize_int4(w, group_size=GROUP_SIZE, stochastic=False, generator=None):
     """Quantise a matrix to 4 bits, two values a byte; arguments as for quantize_int8.
 
     Returns packed uint8, ceil(rows * cols / 2) bytes: (rows, cols / 2) for even cols, else flat, a byte then spanning
     two rows; the earlier value lies in the low half. scale, zero as for quantize_int8.
     """
-    q, scale, zero = _quantize(w, 4, group_size, stochastic, generator)
+    q, scale, zero = _quantize(w, 4, _checked(group_size), stochastic, generator)
     flat = q.add_(8).view(torch.uint8).flatten()  # codes 0..15
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -71,9 +156,13 @@ def dequantize_int4(packed, scale, zero, dtype=torch.float32):
     return dequantize_int8(codes.view(torch.int8).sub_(8).view(rows, cols), scale, zero, dtype)
 
 
-def _quantize(w, bits, group_size, stochastic, generator):
+def _checked(group_size):
     if group_size < 1 or group_size & (group_size - 1):
         raise ValueError(f"group_size must be a power of two, not {group_size}")
+    return group_size
+
+
+def _quantize(w, bits, group_size, stochastic=False, generator=None, u=None):
     levels, lowest = 2**bits - 1, -(2 ** (bits - 1))
     t = w.to(torch.float32, copy=True)  # (rows, cols), becomes the codes
     n_groups = -(-w.shape[1] // group_size)
@@ -85,7 +174,7 @@ def _quantize(w, bits, group_size, stochastic, generator):
         z = low - lowest * s
         view.sub_(z).div_(s.where(s > 0, 1))  # a group of equal values has scale 0, codes 0, and its value in zero
         scale[:, group], zero[:, group] = s.squeeze(-1), z.squeeze(-1)
-    t = stochastic_round(t, generator) if stochastic else t.round_()
+    t = stochastic_round(t, generator, u) if stochastic or u is not None else t.round_()
     return t.clamp_(lowest, lowest + levels).to(torch.int8), scale, zero  # the clamp only meets float error at the ends
 
 

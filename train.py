@@ -21,7 +21,7 @@ from configurator import configure
 from memory import GIB, memory_free, memory_peak, memory_plan
 from model import LLaMA
 from prepare_c4 import get_encoding, prepare, read_shard, replacing
-from qgalore import QGaLore
+from qgalore import MOMENTS, QGaLore
 from sample import stream
 
 # -----------------------------------------------------------------------------
@@ -54,6 +54,8 @@ vocab_size = 50304  # GPT-2's 50257, padded to a multiple of 64
 rope_theta = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # compute each block's forward again in backward; keep only its input
+checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
+compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
 method = "qgalore"  # or "adamw" (torch, float32 weights) or "adam8bit" (bitsandbytes, stepped in backward)
 rank = 128  # of the projections
@@ -66,7 +68,7 @@ galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits = 8  # 8, or 16: not quantised, in `dtype`
 weight_group_size = 256
 stochastic_rounding = True  # False: INT8 weights round to nearest
-moment_bits = 8  # 8 or 32
+moments = "factored"  # Adam's: first in INT8, second as a row and a column; or "8bit" (bitsandbytes), "float32"
 # optimizer
 learning_rate = 0.01
 max_iters = 10000  # steps
@@ -86,7 +88,7 @@ seed = 1337
 # -----------------------------------------------------------------------------
 
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
-              "weight_bits", "weight_group_size", "rank", "proj_bits", "moment_bits")
+              "weight_bits", "weight_group_size", "rank", "proj_bits", "moments")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
               "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)
 
@@ -149,6 +151,19 @@ def learning_rate_at(it):
         return learning_rate
     progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters))
     return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
+
+
+def build(c, device, dtype):
+    """The model and the optimizer of settings c."""
+    model, betas = LLaMA.from_settings(c, device, dtype), (c["beta1"], c["beta2"])
+    if c["method"] != "adamw":
+        return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
+                              c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
+                              "8bit" if c["method"] == "adam8bit" else c["moments"], c["stochastic_rounding"],
+                              c["proj_svd"], c["grad_clip"], c["seed"])
+    matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": c["weight_decay"]}
+    vectors = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
+    return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
 
 
 def save_checkpoint(path, checkpoint):
@@ -223,8 +238,10 @@ def main():
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
-    if proj_bits not in (4, 8, 16) or weight_bits not in (8, 16) or moment_bits not in (8, 32):
-        raise SystemExit("error: proj_bits is 4, 8 or 16, weight_bits 8 or 16, moment_bits 8 or 32")
+    for key, choices in (("proj_bits", (4, 8, 16)), ("weight_bits", (8, 16)), ("checkpoint_bits", (8, 16)),
+                         ("moments", MOMENTS)):
+        if config[key] not in choices:
+            raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
     if not have_device and not dry_run:
         raise SystemExit("error: device=cuda, but torch finds no CUDA GPU; use --device=cpu, or mend the driver")
     bf16 = kind == "cuda" and (not have_device or torch.cuda.is_bf16_supported())
@@ -236,7 +253,7 @@ def main():
 
     # memory, before anything is allocated
     try:
-        plan = memory_plan(config, weight_dtype)
+        plan = memory_plan(config, build, weight_dtype, compute_dtype)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     need, free = sum(plan.values()), memory_free(kind) if have_device else None
@@ -250,8 +267,8 @@ def main():
         return
     if free is not None and need > free:
         largest = max(plan, key=plan.get)
-        lower = {"activations": "batch_size, block_size, or set checkpoint_activations=True", "scratch": "vocab_size",
-                 "moments": "rank", "projections": "rank", "gradients": "gradient_accumulation_steps"}
+        lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
+                 "moments": "rank", "projections": "rank"}
         raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {kind} has {free / GIB:.2f} free; the "
                          f"largest part is {largest}, {plan[largest] / GIB:.2f}: lower "
                          f"{lower.get(largest, 'n_layer or n_embd')} (--dry_run=True lists all)")
@@ -283,20 +300,13 @@ def main():
 
     # model and optimizer
     torch.manual_seed(seed)
-    model = LLaMA.from_settings(config, kind, weight_dtype)
-    if method == "adamw":
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        vectors = [p for p in model.parameters() if p.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps)
-    else:
-        optimizer = QGaLore(model, learning_rate, (beta1, beta2), adam_eps, weight_decay, rank, proj_gap, galore_scale,
-                            proj_threshold, proj_k, proj_bits, moment_bits if method == "qgalore" else 8,
-                            stochastic_rounding, proj_svd, grad_clip, seed)
-        clamped = [name for name, p in optimizer.projections.items() if p.rank < rank]
-        if clamped:
-            print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
-                  f"them: these train at full rank")
+    model, optimizer = build(config, kind, weight_dtype)
+    if compile:
+        model.compile_pointwise()
+    clamped = [] if method == "adamw" else [name for name, p in optimizer.projections.items() if p.rank < rank]
+    if clamped:
+        print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
+              f"them: these train at full rank")
     autocast = torch.autocast(kind, compute_dtype) if compute_dtype != weight_dtype else nullcontext()
     start = 0
     if checkpoint is not None:
@@ -389,6 +399,8 @@ def main():
             entry["tokens_per_s"] = (it - clock_it) * tokens_per_step / (now - clock)
             clock, clock_it = now, it
             entry["peak_memory_gb"] = memory_peak(kind)
+            if kind == "cuda":
+                entry["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB  # with what lies in fragments
             stats = {"grad_norm": norm.item()} if method == "adamw" else optimizer.pop_stats()
             entry.update(stats)
             if peak_flops:

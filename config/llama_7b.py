@@ -10,6 +10,8 @@ ffn_dim = 11008
 
 batch_size = 16
 checkpoint_activations = True
+checkpoint_bits = 8
+compile = True
 rank = 1024
 proj_gap = 500
 learning_rate = 0.004

@@ -1,0 +1,8 @@
+# LLaMA 13B on C4 on one 24 GB card: see it first with --dry_run=True. The paper stops at 7B: its recipe, a quarter's rank.
+exec(open("config/llama_7b.py").read())
+out_dir = "out-13b"
+n_layer = 40
+n_head = 40
+n_embd = 5120
+ffn_dim = 13824
+rank = 1280
