@@ -199,12 +199,12 @@ if triton is not None:
         zero = low + 128 * scale
         code = tl.div_rn(w - zero, tl.where(scale > 0, scale, 1))
         if STOCHASTIC:  # quant.uniform, in unsigned numbers
-            x = at.to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
+            x = (at >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
             x = (x ^ (x >> 16)) * 0x7FEB352D
             x = (x ^ (x >> 15)) * 0x846CA68B
             x = x ^ (x >> 16)
-            u = (x >> 8).to(tl.float32) * 2.0**-24
-            code = tl.floor(code) + (u < code - tl.floor(code)).to(tl.float32)
+            x = ((x >> ((at & 1) * 16).to(tl.uint32)) & 0xFFFF) ^ 0x8000
+            code = tl.floor(code + (x.to(tl.float32) + 0.5) * 2.0**-16)
         else:  # to nearest even: at 1.5 * 2^23 a float32's last bit is worth 1
             code = (code + 12582912.0) - 12582912.0
         code = tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)

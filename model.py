@@ -340,14 +340,14 @@ class _HeadLoss(torch.autograd.Function):
             dh, dw = torch.empty_like(h), torch.zeros_like(weight)
         for i in chunks(h, len(h), LOSS_CHUNK):
             x, t = h[i : i + LOSS_CHUNK], targets[i : i + LOSS_CHUNK, None]
-            logits = F.linear(x, weight).float()  # (chunk, V)
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            valid = (t >= 0).float()
-            t = t.clamp(min=0)
-            loss += ((log_z - logits.gather(1, t)) * valid).sum()
+            logits = F.linear(x, weight).float()  # (chunk, V), in place from here to its gradient
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
+            valid, t = (t >= 0).float(), t.clamp(min=0)
+            target = logits.gather(1, t)
+            z = logits.exp_().sum(dim=-1, keepdim=True)
+            loss += ((z.log() - target) * valid).sum()
             if need_grad:
-                g = logits.sub_(log_z).exp_()  # softmax
-                g = g.scatter_add_(1, t, -torch.ones_like(valid)).mul_(valid / n).to(h.dtype)
+                g = logits.mul_(valid / (n * z)).scatter_add_(1, t, -valid / n).to(h.dtype)  # (softmax - one-hot) / n
                 dh[i : i + LOSS_CHUNK] = g @ weight
                 dw.addmm_(g.T, x)
         if need_grad:

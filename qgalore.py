@@ -30,14 +30,14 @@ import torch
 
 from kernels import adam_int8_, dequantize_int4, dequantize_int8
 from model import QLinear
-from quant import GROUP_SIZE, quantize_int4, quantize_int8, random_key, uniform
+from quant import GROUP_SIZE, chunks, quantize_int4, quantize_int8, random_key, uniform
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
 POWER_ITERATIONS = 3  # keep 99.7 % of the exact subspace's energy in SmolLM2's worst matrix; one 98.6, two 99.5
 MIN_8BIT = 4096  # smaller tensors and vectors keep float32 moments, as in bitsandbytes
 MOMENTS = ("factored", "8bit", "float32")
 CODES = [bnb.create_dynamic_map(signed=signed) for signed in (True, False)]  # values of the 8-bit moments' codes
-CHUNK = 2**24  # moments stepped at once: bitsandbytes' CPU code makes float32 copies of what it is given
+CHUNK = 2**22  # elements squared, or stepped by bitsandbytes, at once: both make float32 copies of what they are given
 
 
 class Projection:
@@ -199,9 +199,13 @@ class Moments:
         the random numbers that round the first moment."""
         correction = [1 - beta**step for beta in betas]
         if self.kind == "factored":
-            for ema, dim in (self.row, 1), (self.col, 0):
-                mean_square = torch.linalg.vector_norm(g, dim=dim, dtype=torch.float32).square_().div_(g.shape[dim])
-                ema.lerp_(mean_square, 1 - betas[1])
+            row, col, size = torch.empty_like(self.row), torch.zeros_like(self.col), max(1, CHUNK // g.shape[1])
+            for start in chunks(g, len(g), size):
+                square = g[start : start + size].float().square()
+                row[start : start + size] = square.mean(dim=1)
+                col += square.sum(dim=0)
+            self.row.lerp_(row, 1 - betas[1])
+            self.col.lerp_(col / len(g), 1 - betas[1])
             row = (self.row / (self.row.mean() * correction[1]).clamp_(min=1e-30)).sqrt_()
             adam_int8_(self.m, self.m_scale, self.m_zero, g, row, self.col.sqrt(), betas[0], correction[0], eps, key)
         elif self.kind == "8bit":
@@ -290,7 +294,7 @@ class QGaLore:
         lr = self.param_groups[0]["lr"]
         self.steps[name] = step = self.steps.get(name, 0) + 1
         self.moments[name].step_(grad, step, self.betas, self.eps, random_key(self.seed, name, step))
-        if p.ndim > 1:
+        if p.ndim > 1 and self.weight_decay:
             p.mul_(1 - lr * self.weight_decay)  # decoupled (arXiv 1711.05101)
         p.add_(grad, alpha=-lr)
 

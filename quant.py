@@ -24,18 +24,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
-BLOCK = 2**18  # weights updated at once: each of the half dozen float32 temporaries takes 1 MiB, and stays in cache
+BLOCK = 2**19  # weights updated at once: each of the half dozen float32 temporaries takes 2 MiB, and stays in cache
 
 
-def stochastic_round(x, generator=None, u=None):
+def stochastic_round(x, generator=None):
     """Round up with probability x - floor(x), else down, so that the mean over draws is x (Q-GaLore, equation 3).
 
-    x: float tensor. u: uniform numbers in [0, 1) of its shape, drawn from `generator` if there are none. Returns a
-    float tensor of whole numbers. Exact in float32: no draw can leave floor(x)..ceil(x).
+    x: float tensor. Returns a float tensor of whole numbers. Exact in float32: no draw can leave floor(x)..ceil(x).
     """
     floor = x.floor()
-    if u is None:
-        u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
     return floor.add_(u < x - floor)
 
 
@@ -45,19 +43,21 @@ def random_key(*parts):
 
 
 def uniform(key, start, n, device=None):
-    """Numbers start .. start + n - 1 of the stream `key`: (n,) float32, multiples of 2^-24 in [0, 1).
+    """Numbers start .. start + n - 1 of the stream `key`: (n,) float32, odd multiples of 2^-17 in (0, 1), of mean 1/2.
 
-    The hash of a counter: key + k * 2^32 / golden ratio, then the 32-bit mixer "lowbias32" of C. Wellons' hash-prospector.
-    torch has no unsigned 32 bits: multiplications wrap alike in int32, and each right shift is masked.
+    Numbers 2k and 2k + 1 are the halves of a hash of k: key + k * 2^32 / golden ratio, then the 32-bit mixer "lowbias32"
+    of C. Wellons' hash-prospector. torch has no unsigned 32 bits: products wrap alike in int32, right shifts are masked.
+    floor(x + u) rounds x stochastically, and exactly for |x| <= 128, where x + u stays below the next whole number.
     """
-    x = torch.arange(start, start + n, dtype=torch.int32, device=device)
+    first = start // 2
+    x = torch.arange(first, (start + n + 1) // 2, dtype=torch.int32, device=device)
     x.mul_(_int32(0x9E3779B9)).add_(_int32(key))
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x.mul_(_int32(0x7FEB352D))
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x.mul_(_int32(0x846CA68B))
     x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+    return x.view(torch.int16)[start % 2 :][:n].float().mul_(2.0**-16).add_(0.5 + 2.0**-17)
 
 
 def _int32(x):
@@ -174,7 +174,10 @@ def _quantize(w, bits, group_size, stochastic=False, generator=None, u=None):
         z = low - lowest * s
         view.sub_(z).div_(s.where(s > 0, 1))  # a group of equal values has scale 0, codes 0, and its value in zero
         scale[:, group], zero[:, group] = s.squeeze(-1), z.squeeze(-1)
-    t = stochastic_round(t, generator, u) if stochastic or u is not None else t.round_()
+    if u is not None:
+        t.add_(u).floor_()
+    else:
+        t = stochastic_round(t, generator) if stochastic else t.round_()
     return t.clamp_(lowest, lowest + levels).to(torch.int8), scale, zero  # the clamp only meets float error at the ends
 
 

@@ -249,7 +249,7 @@ def test_the_kernel_rounds_up_as_often_as_the_fraction_and_by_the_key():
     for key in (random_key("a"), random_key("b")):
         q = launch(kernels.add_low_rank_int8_, *quantize_int8(w), left, right, 1.0, key)[0]
         ups.append((q - w)[:, inner])
-        assert torch.equal(ups[-1], (uniform(key, 0, w.numel()).view_as(w) < (w + 0.3) - w)[:, inner].float())
+        assert torch.equal(ups[-1], (uniform(key, 0, w.numel()).view_as(w) + w + 0.3).floor().sub(w)[:, inner])
         assert abs(ups[-1].mean() - 0.3) < 4 * math.sqrt(0.21 / ups[-1].numel())
     assert abs((ups[0] != ups[1]).float().mean() - 0.42) < 4 * math.sqrt(0.25 / ups[0].numel())
 
