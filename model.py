@@ -9,6 +9,7 @@ copy for one product at a time, and in backward never forms its gradient: it han
 to a hook that the optimizer sets (see qgalore.py).
 """
 
+import warnings
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -298,6 +299,11 @@ class LLaMA(nn.Module):
 
     def compile_pointwise(self):
         """torch.compile what lies between the matrices, each a few passes over memory in one."""
+        try:
+            torch.compile(lambda x: x.sin() * x)(self.norm.weight.detach())
+        except Exception as e:  # no C++ compiler, no Triton
+            warnings.warn(f"torch.compile fails, the model runs without it. {type(e).__name__}: {str(e).splitlines()[0]}")
+            return
         for module in self.modules():
             if isinstance(module, (RMSNorm, Rotate, SwiGLU)):
                 module.compile()

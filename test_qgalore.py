@@ -14,11 +14,13 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,7 +44,7 @@ from configurator import configure
 from memory import Live, memory_plan
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
-from qgalore import Projection, QGaLore, similarity
+from qgalore import Moments, Projection, QGaLore, similarity
 from quant import (adam_int8_, add_low_rank_int8_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8,
                    random_key, stochastic_round, uniform)
 
@@ -87,6 +89,18 @@ def test_stochastic_rounding_is_unbiased():
             assert set(draws.unique().tolist()) == {whole, whole + 1}
             error = draws.double().mean().item() - whole - fraction
             assert abs(error) < 4 * math.sqrt(fraction * (1 - fraction) / n) + 1e-5  # 1e-5: float32's own at 100.01
+
+
+def test_counted_random_numbers_are_uniform_differ_by_key_and_start_anywhere():
+    u = uniform(random_key("a"), 0, 2**20)
+    assert 0 < u.min() < 1e-4 and 1 - 1e-4 < u.max() < 1
+    assert abs(u.mean() - 0.5) < 1e-3 and abs(u.var() - 1 / 12) < 1e-3
+    for other in (u.roll(1), u.roll(2), uniform(random_key("b"), 0, 2**20)):
+        assert abs(torch.corrcoef(torch.stack([u, other]))[0, 1]) < 4e-3
+    for start, n in ((0, 7), (1, 6), (12345, 100), (2**20 - 1, 1)):
+        assert torch.equal(uniform(random_key("a"), start, n), u[start : start + n])
+    whole = torch.arange(-128.0, 128)[:, None]
+    assert ((whole + u[:4096]).floor() == whole).all()  # what rounding must leave alone
 
 
 def test_weights_that_are_quantised_again_unmoved_keep_their_codes():
@@ -525,6 +539,42 @@ def test_checkpointed_activations_change_memory_and_nothing_else():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_block_inputs_kept_in_int8_give_the_gradient_to_a_percent_and_the_loss_exactly():
+    losses, gradients = [], []
+    for bits in (16, 8):
+        torch.manual_seed(0)
+        model = LLaMA(tiny(checkpoint_activations=True, checkpoint_bits=bits), linear=plain_linear)
+        loss = model(*tokens())
+        loss.backward()
+        losses.append(loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == losses[1] and 0 < (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()
+
+
+def test_compiled_pointwise_parts_compute_the_same_and_without_a_compiler_there_is_one_warning():
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    x, y = tokens()
+    expected = model(x, y)
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for there_is_one in (False, True):
+        if there_is_one and not shutil.which("g++"):
+            pytest.skip("torch.compile needs a C++ compiler")
+        torch._dynamo.reset()
+        model.zero_grad()
+        with warnings.catch_warnings(record=True) as caught, torch._inductor.config.patch(
+            {} if there_is_one else {"cpp.cxx": (None, "/nowhere/g++")}
+        ):
+            model.compile_pointwise()
+        assert sum("torch.compile fails" in str(w.message) for w in caught) == (not there_is_one)
+        loss = model(x, y)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        for p, gradient in zip(model.parameters(), gradients):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 # -----------------------------------------------------------------------------
 # qgalore.py: the method
 
@@ -763,6 +813,47 @@ def test_the_range_finder_keeps_the_energy_of_the_exact_subspace():
         assert energy[1] > 0.985 * energy[0]
 
 
+class Waits(TorchDispatchMode):
+    """Counts the times that the host asks a tensor for its value, and so waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing_but_numbers_that_have_long_arrived_and_refreshes_one_layer_at_a_time():
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    optimizer = QGaLore(model, rank=8, gap=28, threshold=2.0, grad_clip=0.1)
+    projections, refreshes = optimizer.projections.values(), []
+    for i in range(3 * 28):
+        x, y = tokens(seed=i)
+        arriving = [p.arriving for p in projections]
+        with Waits() as waits:
+            model(x, y).backward()
+        arrived = sum(was is not None and p.arriving is not was for was, p in zip(arriving, projections))
+        if i:  # the first step takes every basis, and waits to know whether each gradient gives one
+            assert waits.count == arrived  # Arriving.value(), a copy to the host that a refresh a gap ago began
+        refreshes.append(sum(p.last_refresh == i for p in projections))
+    assert refreshes[0] == 14 and max(refreshes[1:]) == 1 and sum(refreshes) > 40
+
+
+def test_factored_moments_are_adafactors():
+    torch.manual_seed(0)
+    moments, m, row, col = Moments((64, 80), "factored"), torch.zeros(64, 80), torch.zeros(64), torch.zeros(80)
+    for step in range(1, 30):
+        g = torch.randn(64, 80) * torch.rand(64, 1) * torch.rand(80) * 1e-3
+        m = 0.9 * m + 0.1 * g
+        row, col = (0.99 * ema + 0.01 * g.square().mean(dim) for ema, dim in ((row, 1), (col, 0)))
+        v = row[:, None] * col / row.mean()
+        expected = m / (1 - 0.9**step) / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+        moments.step_(g, step, (0.9, 0.99), 1e-8, key=step)
+    assert (g - expected).norm() < 0.02 * expected.norm()  # INT8's rounding
+    assert sum(t.nbytes for t in vars(moments).values() if isinstance(t, torch.Tensor)) == m.numel() + 4 * (2 * 64 + 64 + 80)
+
+
 def test_clipping_bounds_each_weights_own_gradient():
     torch.manual_seed(0)
     model = LLaMA(tiny())
@@ -983,7 +1074,8 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     configure(settings, ["--learning_rate=1", "--max_iters=1e3", "--out_dir=7"])
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
-    for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0"):
+    for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
+                "--moments=4bit", "--checkpoint_bits=4"):
         one_line_error(
             run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0]
         )

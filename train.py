@@ -244,10 +244,14 @@ def main():
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
     if not have_device and not dry_run:
         raise SystemExit("error: device=cuda, but torch finds no CUDA GPU; use --device=cpu, or mend the driver")
-    bf16 = kind == "cuda" and (not have_device or torch.cuda.is_bf16_supported())
-    name = dtype if dtype != "auto" else "bfloat16" if bf16 else "float32"
+    no_bf16 = kind == "cuda" and have_device and not torch.cuda.is_bf16_supported(including_emulation=False)
+    name = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" and not no_bf16 else "float32"
     if name not in ("float32", "bfloat16"):
         raise SystemExit(f"error: dtype {dtype!r}: there are auto, bfloat16 and float32")
+    if no_bf16 and name == "bfloat16":
+        raise SystemExit("error: this GPU has no bfloat16 (Ampere and later have): use --dtype=float32")
+    if no_bf16:
+        print("note: this GPU has no bfloat16: everything runs in float32, with twice the activations")
     compute_dtype = getattr(torch, name)
     weight_dtype = torch.float32 if method == "adamw" else compute_dtype  # adamw: float32 weights under autocast
 
