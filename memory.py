@@ -1,8 +1,8 @@
 """
 What a run takes, counted before anything is allocated, and what the device has.
 
-The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake tensors, which have shapes and
-no data. Every allocation passes by and is counted, temporaries included, so the plan cannot fall behind the code.
+The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake tensors, which have shapes
+and no data. Every allocation passes by and is counted, temporaries included: the plan cannot fall behind the code.
 Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.5 GiB) and what lies in fragments.
 """
 

@@ -170,9 +170,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
-        q = self.rotate(self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nh, T, hs)
-        k = self.rotate(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2), cos, sin)  # (B, nk, T, hs)
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nk, T, hs)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
         if cache is not None:  # a window of the last block_size keys: RoPE sees distances, not positions
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
@@ -302,7 +303,8 @@ class LLaMA(nn.Module):
         try:
             torch.compile(lambda x: x.sin() * x)(self.norm.weight.detach())
         except Exception as e:  # no C++ compiler, no Triton
-            warnings.warn(f"torch.compile fails, the model runs without it. {type(e).__name__}: {str(e).splitlines()[0]}")
+            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+            warnings.warn(f"torch.compile fails, the model runs without it. {reason}")
             return
         for module in self.modules():
             if isinstance(module, (RMSNorm, Rotate, SwiGLU)):

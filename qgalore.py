@@ -102,8 +102,8 @@ class Projection:
             self.basis = codes
         else:
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
-        first = self.refreshes == 0
-        self.last_refresh, self.next_refresh = step, step + (max(1, round(self.gap * self.phase)) if first else self.gap)
+        gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
+        self.last_refresh, self.next_refresh = step, step + gap
         self.refreshes += 1
         return True
 
@@ -238,8 +238,8 @@ class QGaLore:
     """
 
     def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, gap=200, scale=0.25,
-                 threshold=0.4, k=5, proj_bits=4, moments="factored", stochastic_rounding=True, svd=False, grad_clip=0.0,
-                 seed=0):
+                 threshold=0.4, k=5, proj_bits=4, moments="factored", stochastic_rounding=True, svd=False,
+                 grad_clip=0.0, seed=0):
         if proj_bits not in (4, 8, 16) or moments not in MOMENTS:
             raise ValueError(f"proj_bits is 4, 8 or 16, not {proj_bits}; moments is one of {MOMENTS}, not {moments!r}")
         self.param_groups = [{"lr": lr}]

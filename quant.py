@@ -45,8 +45,8 @@ def random_key(*parts):
 def uniform(key, start, n, device=None):
     """Numbers start .. start + n - 1 of the stream `key`: (n,) float32, odd multiples of 2^-17 in (0, 1), of mean 1/2.
 
-    Numbers 2k and 2k + 1 are the halves of a hash of k: key + k * 2^32 / golden ratio, then the 32-bit mixer "lowbias32"
-    of C. Wellons' hash-prospector. torch has no unsigned 32 bits: products wrap alike in int32, right shifts are masked.
+    Numbers 2k and 2k + 1 are the halves of a hash of k: key + k * 2^32 / golden ratio, then the 32-bit mixer
+    "lowbias32" of C. Wellons' hash-prospector. Without unsigned 32 bits in torch, right shifts of int32 are masked.
     floor(x + u) rounds x stochastically, and exactly for |x| <= 128, where x + u stays below the next whole number.
     """
     first = start // 2
