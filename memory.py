@@ -70,6 +70,26 @@ def memory_plan(settings, build, weight_dtype, dtype):
     return plan
 
 
+def print_plan(plan, free, device):
+    for part, count in (plan | {"total": sum(plan.values())}).items():
+        print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
+    if free is None:
+        print(f"{device}: there is no such device here to compare with, or it does not tell what it has")
+    else:
+        print(f"{device} has {free / GIB:.2f} GiB free: {'enough' if sum(plan.values()) <= free else 'NOT enough'}")
+
+
+def refuse_what_does_not_fit(plan, free, device):
+    """Leave with one line, if free is known: the bytes needed, and the settings to lower."""
+    need, largest = sum(plan.values()), max(plan, key=plan.get)
+    lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
+             "moments": "rank", "projections": "rank"}.get(largest, "n_layer or n_embd")
+    if free is not None and need > free:
+        raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "
+                         f"the largest part is {largest}, {plan[largest] / GIB:.2f}: lower {lower} "
+                         f"(--dry_run=True lists all)")
+
+
 def memory_free(device):
     """Bytes free on "cuda" or "cpu"; None where the system does not tell."""
     if device == "cuda":

@@ -1,9 +1,9 @@
 """
 The published optimizers that bench.py measures ours against, each put on the model as its authors do.
 
-prepare_peer(name) gives attach(settings, model, phases), which hooks the optimizer into the model, so that backward steps
-it, and returns a function that lists the bases. What a package needs to run at all with bitsandbytes 0.50 is mended
-where it is used, and said there.
+prepare_peer(name) gives attach(settings, model, phases), which hooks the optimizer into the model, so that backward
+steps it, and returns a function that lists the bases. What a package needs to run at all with bitsandbytes 0.50 is
+mended where it is used, and said there.
 """
 
 import importlib

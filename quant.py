@@ -116,7 +116,7 @@ def _blocks(q):
 
 
 def chunks(tensor, length, size):
-    """Where chunks of `size` of tensor start. Of a fake one, the first two: memory.py counts bytes, and these have all."""
+    """Where chunks of `size` start. Of a fake tensor, the first two: memory.py counts bytes, and these take all."""
     starts = range(0, length, size)
     return starts[:2] if isinstance(tensor, FakeTensor) else starts
 

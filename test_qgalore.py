@@ -45,8 +45,8 @@ from memory import Live, memory_plan
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
 from qgalore import Moments, Projection, QGaLore, similarity
-from quant import (adam_int8_, add_low_rank_int8_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8,
-                   random_key, stochastic_round, uniform)
+from quant import (dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key, stochastic_round,
+                   uniform)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 INTERPRETED = DEVICE == "cpu"  # Triton's interpreter rounds to bfloat16 towards zero, and multiplies bfloat16's bits

@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure
-from memory import GIB, memory_free, memory_peak, memory_plan
+from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
 from model import LLaMA
+from plot import plot_loss, read_log
 from prepare_c4 import get_encoding, prepare, read_shard, replacing
 from qgalore import MOMENTS, QGaLore
 from sample import stream
@@ -192,37 +193,6 @@ def load_checkpoint(path, config):
     return checkpoint
 
 
-def read_log(path):
-    """The objects of log.jsonl, up to a line that a power cut tore."""
-    entries = []
-    with open(path) as f:
-        for line in f:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break
-    return entries
-
-
-def plot_loss(out_dir):
-    """Draw loss.png from log.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = read_log(os.path.join(out_dir, "log.jsonl"))
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for key, style in (("loss", {"lw": 1, "alpha": 0.5}), ("val_loss", {"marker": "o", "ms": 3})):
-        lines = [entry for entry in log if key in entry]
-        axes.plot([e["tokens"] for e in lines], [e[key] for e in lines], label=key, **style)
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=out_dir)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(os.path.join(out_dir, "loss.png"), dpi=120)
-    plt.close(figure)
-
-
 def main():
     config = configure(globals())
     config["n_kv_head"] = n_kv_head or n_head
@@ -233,8 +203,8 @@ def main():
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "cuda"):
         raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
-    for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval",
-                "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k"):
+    for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters",
+                "log_interval", "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k"):
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
@@ -260,22 +230,11 @@ def main():
         plan = memory_plan(config, build, weight_dtype, compute_dtype)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
-    need, free = sum(plan.values()), memory_free(kind) if have_device else None
+    free = memory_free(kind) if have_device else None
     if dry_run:
-        for part, count in (plan | {"total": need}).items():
-            print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
-        if free is None:
-            print(f"{kind}: there is no such device here to compare with, or it does not tell what it has")
-        else:
-            print(f"{kind} has {free / GIB:.2f} GiB free: {'enough' if need <= free else 'NOT enough'}")
+        print_plan(plan, free, kind)
         return
-    if free is not None and need > free:
-        largest = max(plan, key=plan.get)
-        lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
-                 "moments": "rank", "projections": "rank"}
-        raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {kind} has {free / GIB:.2f} free; the "
-                         f"largest part is {largest}, {plan[largest] / GIB:.2f}: lower "
-                         f"{lower.get(largest, 'n_layer or n_embd')} (--dry_run=True lists all)")
+    refuse_what_does_not_fit(plan, free, kind)
 
     # data
     if data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
