@@ -13,6 +13,10 @@ import signal
 import time
 from contextlib import nullcontext
 
+# blocks of freed memory can grow and be reused at any size: without it, what lies in fragments counts against the card.
+# (torch 2.8 to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 from tqdm import tqdm
