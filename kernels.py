@@ -124,6 +124,38 @@ def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
                        num_warps=4, enable_fp_fusion=False)
 
 
+@_kernel_for(quant.matmul_int8)
+def matmul_int8(x, q, scale, zero):
+    """x @ W^T with INT8 products, (T, rows) in x.dtype. Arguments: see quant.py; it does groups under 32 or over 512.
+
+    Rounding takes some ten instructions an element of x, again in every program. BLOCK_N shares them among 128 rows of
+    W, which by count keep the tensor cores about as long; with more, the two accumulators spill.
+    """
+    return _matmul(x, q, scale, zero, q.shape[0], quant.matmul_int8)
+
+
+@_kernel_for(quant.matmul_transposed_int8)
+def matmul_transposed_int8(dy, q, scale, zero):
+    """dy @ W with INT8 products, (T, cols) in dy.dtype. Arguments and groups: as above."""
+    return _matmul(dy, q, scale, zero, q.shape[1], quant.matmul_transposed_int8)
+
+
+def _matmul(x, q, scale, zero, n_out, reference):
+    x, q, scale, zero = (t.contiguous() for t in (x, q, scale, zero))
+    group = _tile_width(q, scale, zero)
+    if group < 32:  # the least that INT8 tensor cores sum at once
+        return reference(x, q, scale, zero)
+    if reference is quant.matmul_int8:
+        kernel, block_n, block_k, stages = _matmul_kernel, 128, min(64, group), 3
+    else:
+        kernel, block_n, block_k, stages = _matmul_transposed_kernel, min(128, group), quant.DY_GROUP, 2
+    y = torch.empty(x.shape[0], n_out, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(x.shape[0], 64), triton.cdiv(n_out, block_n))
+    kernel[grid](x, q, scale, zero, y, x.shape[0], *q.shape, group, 64, block_n, block_k, num_warps=8,
+                 num_stages=stages, enable_fp_fusion=False)
+    return y
+
+
 def _tile_width(q, *tensors):
     """The columns of a tile of q, a group, as a power of two; 0 where the kernels do not take q."""
     group = triton.next_power_of_2(quant._group_size(q.shape[1], tensors[0].shape[1]))
@@ -187,6 +219,62 @@ if triton is not None:
         v = tl.load(row_ptr + row, row < rows) * tl.load(col_ptr + col, col < cols)  # the second moment's root
         tl.store(g_ptr + at, tl.div_rn(m, (v + eps) * correction), inside)
         _requantize(m_ptr, scale_ptr, zero_ptr, m, at, group_at, row < rows, col < cols, key, True)
+
+    # Loops run to a constexpr, the length of the sums: a model has two or three, each kernel that many compilations.
+    @triton.jit
+    def _matmul_kernel(x_ptr, q_ptr, scale_ptr, zero_ptr, y_ptr, tokens, rows, COLS: tl.constexpr,
+                       GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+        token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, COLS, GROUP):
+            largest, total = tl.zeros((BLOCK_M, 1), tl.float32), tl.zeros((BLOCK_M, 1), tl.float32)
+            for at in range(start, start + GROUP, BLOCK_K):  # x is read twice: registers cannot keep a group
+                col = (at + tl.arange(0, BLOCK_K))[None, :]
+                x = tl.load(x_ptr + token * COLS + col, (token < tokens) & (col < COLS), other=0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1, keep_dims=True))
+                total += tl.sum(x, axis=1, keep_dims=True)
+            s, dot = _unit(largest), tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+            for at in range(start, start + GROUP, BLOCK_K):
+                col = at + tl.arange(0, BLOCK_K)
+                x = tl.load(x_ptr + token * COLS + col[None, :], (token < tokens) & (col < COLS)[None, :], other=0.0)
+                q = tl.load(q_ptr + row * COLS + col[:, None], (row < rows) & (col < COLS)[:, None], other=0)
+                dot = tl.dot(_round(x.to(tl.float32), s), q, dot, out_dtype=tl.int32)
+            group_at = row * tl.cdiv(COLS, GROUP) + start // GROUP  # (1, BLOCK_N)
+            scale = tl.load(scale_ptr + group_at, row < rows)
+            zero = tl.load(zero_ptr + group_at, row < rows)
+            y += dot.to(tl.float32) * s * scale + total * zero
+        tl.store(y_ptr + token * rows + row, y, (token < tokens) & (row < rows))
+
+    @triton.jit
+    def _matmul_transposed_kernel(dy_ptr, q_ptr, scale_ptr, zero_ptr, dx_ptr, tokens, ROWS: tl.constexpr, cols,
+                                  GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                  BLOCK_K: tl.constexpr):
+        token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # all of one group, as BLOCK_N <= GROUP
+        dx, shift = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, 1), tl.float32)
+        for start in range(0, ROWS, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
+            group_at = row * tl.cdiv(cols, GROUP) + tl.program_id(1) * BLOCK_N // GROUP  # (BLOCK_K,)
+            scale = tl.load(scale_ptr + group_at, row < ROWS, other=0.0)
+            zero = tl.load(zero_ptr + group_at, row < ROWS, other=0.0)
+            dy = tl.load(dy_ptr + token * ROWS + row[None, :], (token < tokens) & (row < ROWS)[None, :], other=0.0)
+            q = tl.load(q_ptr + row[:, None] * cols + col, (row < ROWS)[:, None] & (col < cols), other=0)
+            dy = dy.to(tl.float32)
+            scaled = dy * scale[None, :]
+            s = _unit(tl.max(tl.abs(scaled), axis=1, keep_dims=True))
+            dx += tl.dot(_round(scaled, s), q, out_dtype=tl.int32).to(tl.float32) * s
+            shift += tl.sum(dy * zero[None, :], axis=1, keep_dims=True)
+        tl.store(dx_ptr + token * cols + col, dx + shift, (token < tokens) & (col < cols))
+
+    @triton.jit
+    def _unit(largest):
+        return tl.div_rn(tl.maximum(largest, 1e-30), 127.0)
+
+    @triton.jit
+    def _round(x, s):
+        """x / s in INT8, to nearest even: at 1.5 * 2^23 a float32's last bit is worth 1, its low byte is the code."""
+        return (x * tl.div_rn(1.0, s) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
     @triton.jit
     def _requantize(q_ptr, scale_ptr, zero_ptr, w, at, group_at, row_inside, col_inside, key, STOCHASTIC: tl.constexpr):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import add_low_rank_int8_, dequantize_int8
+from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
 from quant import GROUP_SIZE, chunks, quantize_int8
 
 INIT_STD = 0.02
@@ -30,12 +30,17 @@ class QLinear(nn.Module):
     W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight. Backward
     gives the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features) and
     dy (T, out_features); the weight's gradient is dy^T x. Without a hook the weight stays as it is.
+
+    matmul "int8" rounds x and dy to 8 bits in the products with W (see quant.py); the hook gets them unrounded.
     """
 
-    def __init__(self, in_features, out_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None):
+    def __init__(self, in_features, out_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None,
+                 matmul="float"):
         super().__init__()
+        if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
+            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits")
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
-        self.hook = None
+        self.matmul, self.hook = matmul, None
         self.set_weight(torch.empty(out_features, in_features, dtype=dtype, device=device).normal_(std=INIT_STD))
 
     def set_weight(self, w):
@@ -68,12 +73,17 @@ class _QLinearFunction(torch.autograd.Function):
     def forward(ctx, x, layer):
         ctx.save_for_backward(x)
         ctx.layer = layer
+        if layer.matmul == "int8":
+            return matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero).unflatten(0, x.shape[:-1])
         return F.linear(x, layer.float_weight(x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
         (x,), layer = ctx.saved_tensors, ctx.layer
-        dx = dy @ layer.float_weight(dy.dtype)
+        if layer.matmul == "int8":
+            dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero).view(x.shape)
+        else:
+            dx = dy @ layer.float_weight(dy.dtype)
         if layer.hook is not None:  # after dx, because the hook steps the weight
             layer.hook(layer, x.flatten(0, -2), dy.flatten(0, -2))
         return dx, None
@@ -257,7 +267,8 @@ class LLaMA(nn.Module):
         """The model that a run's settings (train.py's, a dict) describe: QLinear for qgalore, else torch's Linear."""
         config = LLaMAConfig(**{f.name: settings[f.name] for f in fields(LLaMAConfig) if f.name in settings})
         if settings["method"] == "qgalore":
-            linear = partial(QLinear, bits=settings["weight_bits"], group_size=settings["weight_group_size"])
+            linear = partial(QLinear, bits=settings["weight_bits"], group_size=settings["weight_group_size"],
+                             matmul=settings.get("matmul", "float"))  # a checkpoint may be older than this key
         else:
             linear = plain_linear
         return cls(config, linear, device, dtype)

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
 BLOCK = 2**19  # weights updated at once: each of the half dozen float32 temporaries takes 2 MiB, and stays in cache
+DY_GROUP = 128  # rows of W that share a token's scale in dy @ W: more would round coarser, fewer rescale more often
 
 
 def stochastic_round(x, generator=None):
@@ -106,6 +107,48 @@ def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
         new = dequantize_int8(m[at], scale[at], zero[at]).lerp_(g[at].float(), 1 - beta)
         g[at] = new / torch.outer(row[at], col).add_(eps).mul_(correction)
         _requantize_int8_(m[at], scale[at], zero[at], new, key, start)
+
+
+def matmul_int8(x, q, scale, zero):
+    """x @ W^T with INT8 products, x rounded to the nearest of 255 codes in every group of every token.
+
+        y[t, n] = sum over groups g of  s[t, g] * scale[n, g] * (code[t, g] . q[n, g]) + sum(x[t, g]) * zero[n, g]
+
+    s = max |x[t, g]| / 127, code = round(x / s); zero meets x as it came. x (T, cols) float, W as above. Returns y
+    (T, rows) in x.dtype, summed in float32. A token with an inf or NaN has no finite y; others do not see it. The
+    products of codes are below 2^24 in groups of up to 1024: a float32 matmul is exact.
+    """
+    width = _group_size(q.shape[1], scale.shape[1])
+    y = x.new_zeros(x.shape[0], q.shape[0], dtype=torch.float32)
+    for start in chunks(q, q.shape[1], width):
+        at, g = slice(start, start + width), start // width
+        part = x[:, at].float()
+        code, s = _round_rows(part)
+        y += (code @ q[:, at].float().T).mul_(s).mul_(scale[:, g])
+        y.addr_(part.sum(dim=1), zero[:, g])
+    return y.to(x.dtype)
+
+
+def matmul_transposed_int8(dy, q, scale, zero):
+    """dy @ W with INT8 products: dy (T, rows) float -> (T, cols) in dy.dtype; else as matmul_int8.
+
+    dy * scale[:, g] is what is rounded, as W's scales lie along this sum: DY_GROUP rows of W at a time, once a group g.
+    """
+    width = _group_size(q.shape[1], scale.shape[1])
+    dx = dy.new_zeros(dy.shape[0], q.shape[1], dtype=torch.float32)
+    for row in chunks(q, q.shape[0], DY_GROUP):
+        part = dy[:, row : row + DY_GROUP].float()
+        for start in chunks(q, q.shape[1], width):
+            rows, at, g = slice(row, row + DY_GROUP), slice(start, start + width), start // width  # W's
+            code, s = _round_rows(part * scale[rows, g])
+            dx[:, at] += (code @ q[rows, at].float()).mul_(s).add_((part @ zero[rows, g])[:, None])
+    return dx.to(dy.dtype)
+
+
+def _round_rows(x):
+    """x (T, n) float32 as whole numbers of -127..127, and their unit (T, 1). What is all below 3e-33 becomes 0."""
+    s = x.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 127
+    return (x * s.reciprocal()).round_(), s
 
 
 def _blocks(q):

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -298,6 +299,76 @@ def test_shapes_that_the_kernel_does_not_take_are_stepped_by_the_reference(group
     assert (q.cpu() != expected[0]).float().mean() <= 1e-3
 
 
+def int8_factors(rows, cols, group, dtype=torch.float32, tokens=70):
+    """(codes, x, dy): a weight's, and what it is multiplied with from the right and from the left."""
+    generator = torch.Generator().manual_seed(0)
+    w, x, dy = (torch.randn(shape, generator=generator) for shape in ((rows, cols), (tokens, cols), (tokens, rows)))
+    return quantize_int8(w * 0.02 + 0.005, group), x.to(dtype), (dy * 1e-3).to(dtype)
+
+
+INT8_PRODUCTS = [quant.matmul_int8, quant.matmul_transposed_int8]
+if kernels.triton is not None:
+    INT8_PRODUCTS += [partial(launch, kernels.matmul_int8), partial(launch, kernels.matmul_transposed_int8)]
+
+
+@pytest.mark.parametrize("rows,cols,group", [(192, 528, 256), (300, 192, 256), (130, 100, 64), (7, 3, 2)])
+def test_int8_products_are_within_a_hundredth_of_the_float_products(rows, cols, group):
+    codes, x, dy = int8_factors(rows, cols, group)
+    w = dequantize_int8(*codes)
+    for got, expected in ((quant.matmul_int8(x, *codes), x @ w.T), (quant.matmul_transposed_int8(dy, *codes), dy @ w)):
+        assert 0 < (got - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_int8_products_are_exact_where_the_factor_lies_on_its_grid(transposed):
+    (q, scale, zero), x, dy = int8_factors(300, 300, 64)
+    scale.fill_(2**-10)  # one for all weights: it does not move dy off its grid
+    generator = torch.Generator().manual_seed(1)
+    unit = torch.rand(70, 1, generator=generator) + 0.5
+    a = torch.randint(-127, 128, (70, 300), generator=generator).float()
+    a[:, ::32] = 127  # the end of the grid, in every group
+    w = dequantize_int8(q, scale, zero, torch.float64)
+    expected = (a * unit).double() @ (w if transposed else w.T)
+    for product in INT8_PRODUCTS[transposed::2]:
+        torch.testing.assert_close(product(a * unit, q, scale, zero).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "rows,cols,group,tokens",
+    [(192, 528, 256, 37), (300, 192, 256, 70), (130, 300, 64, 1), (64, 512, 512, 3), (33, 100, 32, 65)],
+)
+def test_the_kernels_int8_products_are_the_reference_s(rows, cols, group, tokens):
+    for dtype in (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16):
+        codes, *factors = int8_factors(rows, cols, group, dtype, tokens)
+        for a, reference, kernel in zip(factors, INT8_PRODUCTS, INT8_PRODUCTS[2:]):
+            got, expected = kernel(a, *codes), reference(a, *codes)
+            assert got.dtype == dtype and got.shape == expected.shape
+            rtol = 1e-6 if dtype == torch.float32 else 1e-3 if dtype == torch.float16 else 1e-2
+            assert (got.float() - expected.float()).norm() < rtol * expected.float().norm()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_in_int8_products_a_token_of_zeros_gives_zeros_and_one_that_is_not_finite_harms_no_other(bad):
+    codes, *factors = int8_factors(130, 100, 64, tokens=5)
+    for i, product in enumerate(INT8_PRODUCTS):
+        a = factors[i % 2].clone()
+        expected = product(a, *codes)
+        a[1], a[3, 70] = 0, bad
+        got = product(a, *codes)
+        assert not got[1].any() and not got[3].isfinite().any() and torch.equal(got[::2], expected[::2])
+
+
+@needs_triton
+@pytest.mark.parametrize("group", [16, 1024])
+def test_groups_that_the_int8_kernels_do_not_take_are_multiplied_by_the_reference(group, monkeypatch):
+    monkeypatch.setattr(kernels, "_matmul_kernel", None), monkeypatch.setattr(kernels, "_matmul_transposed_kernel", None)
+    codes, *factors = int8_factors(5, 1100, group, tokens=3)
+    for a, reference, kernel in zip(factors, INT8_PRODUCTS, INT8_PRODUCTS[2:]):
+        torch.testing.assert_close(kernel(a, *codes), reference(a, *codes))
+
+
 CALL_ALL = """
 import sys, warnings
 import torch
@@ -353,6 +424,8 @@ for dtype, key in ((torch.bfloat16, 5), (torch.bfloat16, None), (torch.float32, 
     kernels.add_low_rank_int8_.triton(*quant.quantize_int8(w), *factors, 0.9, key)
 for dtype in (torch.bfloat16, torch.float32):
     kernels.adam_int8_.triton(*quant.quantize_int8(w), w.to(dtype), w[:, 0], w[0], 0.9, 0.1, 1e-8, 5)
+    kernels.matmul_int8.triton(w.to(dtype), *quant.quantize_int8(torch.zeros(512, 512)))
+    kernels.matmul_transposed_int8.triton(w.to(dtype), *quant.quantize_int8(torch.zeros(512, 512)))
 kernels.dequantize_int8.triton(*quant.quantize_int8(w), torch.bfloat16)
 kernels.dequantize_int8.triton(*quant.quantize_int8(w))
 kernels.dequantize_int4.triton(*quant.quantize_int4(w), torch.bfloat16)
@@ -384,7 +457,7 @@ def test_every_kernel_compiles_without_spills_for_ampere_ada_and_hopper(tmp_path
                          env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, text=True)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(lines) == 24
+    assert len(lines) == 36
     for line in lines:
         kernel, capability, registers, spilled, shared = line
         assert spilled == 0 and shared <= 99 * 1024, line
@@ -417,6 +490,21 @@ def test_qlinear_hands_its_hook_the_two_factors_of_the_weights_gradient():
     assert same is layer and a.shape == (10, 24) and b.shape == (10, 40)
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(b.T @ a, expected[1])
+
+
+def test_with_int8_products_a_qlinear_gives_the_inputs_gradient_and_its_hook_unrounded_factors():
+    torch.manual_seed(0)
+    exact, layer, seen = QLinear(24, 40), QLinear(24, 40, matmul="int8"), []
+    exact.load_state_dict(layer.state_dict())
+    layer.hook = lambda *args: seen.append(args[1:])
+    x, dy = torch.randn(2, 5, 24), torch.randn(2, 5, 40)
+    (y, dx), (y_exact, dx_exact) = ([z.detach(), *torch.autograd.grad(z, a, dy)] for a in (x.clone().requires_grad_(),)
+                                    for z in (layer(a), exact(a)))
+    assert 0 < (y - y_exact).norm() < 0.01 * y_exact.norm() and 0 < (dx - dx_exact).norm() < 0.01 * dx_exact.norm()
+    assert torch.equal(seen[0][0], x.flatten(0, 1)) and torch.equal(seen[0][1], dy.flatten(0, 1))
+    for wrong in (dict(matmul="int4"), dict(matmul="int8", bits=16)):
+        with pytest.raises(ValueError, match="matmul"):
+            QLinear(24, 40, **wrong)
 
 
 def test_without_a_hook_backward_leaves_the_weight_alone_and_gives_the_inputs_gradient():
@@ -577,6 +665,20 @@ def test_compiled_pointwise_parts_compute_the_same_and_without_a_compiler_there_
 
 # -----------------------------------------------------------------------------
 # qgalore.py: the method
+
+
+def test_a_model_trained_with_int8_products_ends_at_the_float_products_loss():
+    ends = []
+    for matmul in ("float", "int8"):
+        torch.manual_seed(0)
+        model = LLaMA(tiny(), linear=partial(QLinear, matmul=matmul))
+        optimizer = QGaLore(model, 0.01, rank=8, gap=10, scale=1.0)
+        x, y = tokens(8)
+        for _ in range(30):
+            loss = model(x, y)
+            loss.backward()
+        ends.append(loss.item())
+    assert ends[0] != ends[1] and abs(ends[0] - ends[1]) < 0.05 and ends[0] < 0.5, ends
 
 
 class LargeFloats(TorchDispatchMode):
@@ -1096,7 +1198,7 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
     for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
-                "--moments=4bit", "--checkpoint_bits=4"):
+                "--moments=4bit", "--checkpoint_bits=4", "--matmul=int4"):
         one_line_error(
             run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0]
         )

@@ -72,6 +72,7 @@ proj_svd = False  # exact singular vectors of the formed gradient, in place of t
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits = 8  # 8, or 16: not quantised, in `dtype`
 weight_group_size = 256
+matmul = "float"  # or "int8": forward and input gradient on the INT8 tensor cores, x and dy rounded to 8 bits
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments = "factored"  # Adam's: first in INT8, second as a row and a column; or "8bit" (bitsandbytes), "float32"
 # optimizer
@@ -213,7 +214,7 @@ def main():
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
     for key, choices in (("proj_bits", (4, 8, 16)), ("weight_bits", (8, 16)), ("checkpoint_bits", (8, 16)),
-                         ("moments", MOMENTS)):
+                         ("moments", MOMENTS), ("matmul", ("float", "int8"))):
         if config[key] not in choices:
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
     if not have_device and not dry_run:
