@@ -1,8 +1,8 @@
 """
 quant.py's functions of a training step again, in Triton: the same names, arguments and results, for CUDA tensors.
 
-In plain torch every line is a pass over memory: one update of a weight makes 35, which move 273 bytes an element
-(counted), over half for its random numbers. Here an element is read once and written once, as INT8, 2 bytes:
+In plain torch every line is a pass over memory: one update of a weight makes 32, which move 186 bytes an element
+(counted), nearly half for its random numbers. Here an element is read once and written once, as INT8, 2 bytes:
 
     program (i, j) owns rows i * BLOCK_M .. of group j, a tile that stays in registers from the first line to the last:
         step         = left[rows] @ right[group]^T       on the tensor cores, accumulated in float32

@@ -72,7 +72,7 @@ def quantize_int8(w, group_size=GROUP_SIZE, stochastic=False, generator=None):
     Returns q int8 (rows, cols); scale, zero float32 (rows, ceil(cols / group_size)).
     Raises ValueError if group_size is not a power of two.
     """
-    return _quantize(w, 8, _checked(group_size), stochastic, generator)
+    return _quantize_(w.to(torch.float32, copy=True), 8, _checked(group_size), stochastic, generator)
 
 
 def dequantize_int8(q, scale, zero, dtype=torch.float32):
@@ -165,10 +165,10 @@ def chunks(tensor, length, size):
 
 
 def _requantize_int8_(q, scale, zero, w, key, start):
-    """Quantise w into q, scale and zero, but for the groups that hold a value that is not finite."""
+    """Quantise w, which is overwritten, into q, scale and zero, but for groups with a value that is not finite."""
     group_size = _group_size(q.shape[1], scale.shape[1])
     u = None if key is None else uniform(key, start, w.numel(), w.device).view(w.shape)
-    new, s, z = _quantize(w, 8, group_size, u=u)
+    new, s, z = _quantize_(w, 8, group_size, u=u)
     ok = (s + z).isfinite()  # (rows, n_groups)
     scale.copy_(s.where(ok, scale)), zero.copy_(z.where(ok, zero))
     for (view, group), (old, _) in zip(_groups(new, group_size), _groups(q, group_size)):
@@ -181,7 +181,7 @@ def quantize_int4(w, group_size=GROUP_SIZE, stochastic=False, generator=None):
     Returns packed uint8, ceil(rows * cols / 2) bytes: (rows, cols / 2) for even cols, else flat, a byte then spanning
     two rows; the earlier value lies in the low half. scale, zero as for quantize_int8.
     """
-    q, scale, zero = _quantize(w, 4, _checked(group_size), stochastic, generator)
+    q, scale, zero = _quantize_(w.to(torch.float32, copy=True), 4, _checked(group_size), stochastic, generator)
     flat = q.add_(8).view(torch.uint8).flatten()  # codes 0..15
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -205,11 +205,10 @@ def _checked(group_size):
     return group_size
 
 
-def _quantize(w, bits, group_size, stochastic=False, generator=None, u=None):
+def _quantize_(t, bits, group_size, stochastic=False, generator=None, u=None):
+    """(codes, scale, zero) of t (rows, cols) float32, which is overwritten. u: what rounds, if it is not drawn here."""
     levels, lowest = 2**bits - 1, -(2 ** (bits - 1))
-    t = w.to(torch.float32, copy=True)  # (rows, cols), becomes the codes
-    n_groups = -(-w.shape[1] // group_size)
-    scale = torch.empty(w.shape[0], n_groups, device=w.device)
+    scale = torch.empty(t.shape[0], -(-t.shape[1] // group_size), device=t.device)
     zero = torch.empty_like(scale)
     for view, group in _groups(t, group_size):
         low, high = view.aminmax(dim=-1, keepdim=True)

@@ -363,7 +363,8 @@ def test_in_int8_products_a_token_of_zeros_gives_zeros_and_one_that_is_not_finit
 @needs_triton
 @pytest.mark.parametrize("group", [16, 1024])
 def test_groups_that_the_int8_kernels_do_not_take_are_multiplied_by_the_reference(group, monkeypatch):
-    monkeypatch.setattr(kernels, "_matmul_kernel", None), monkeypatch.setattr(kernels, "_matmul_transposed_kernel", None)
+    for kernel in ("_matmul_kernel", "_matmul_transposed_kernel"):
+        monkeypatch.setattr(kernels, kernel, None)
     codes, *factors = int8_factors(5, 1100, group, tokens=3)
     for a, reference, kernel in zip(factors, INT8_PRODUCTS, INT8_PRODUCTS[2:]):
         torch.testing.assert_close(kernel(a, *codes), reference(a, *codes))
@@ -672,7 +673,7 @@ def test_a_model_trained_with_int8_products_ends_at_the_float_products_loss():
     for matmul in ("float", "int8"):
         torch.manual_seed(0)
         model = LLaMA(tiny(), linear=partial(QLinear, matmul=matmul))
-        optimizer = QGaLore(model, 0.01, rank=8, gap=10, scale=1.0)
+        QGaLore(model, 0.01, rank=8, gap=10, scale=1.0)
         x, y = tokens(8)
         for _ in range(30):
             loss = model(x, y)
@@ -1384,7 +1385,8 @@ def large(tmp_path):
 def start_and_wait_until_the_large_shard_is_half_made(folder):
     half = folder / "out/b_train_00000.bin.tmp"
     for _ in range(5):  # on a busy machine we may come too late
-        run = prepare_c4_command(f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0", "--workers=2")
+        run = prepare_c4_command(f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0",
+                                 "--workers=2")
         while not (half.exists() and half.stat().st_size) and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGSTOP)
