@@ -30,14 +30,13 @@ import torch
 
 from kernels import adam_int8_, dequantize_int4, dequantize_int8
 from model import QLinear
-from quant import GROUP_SIZE, chunks, quantize_int4, quantize_int8, random_key, uniform
+from quant import CHUNK, GROUP_SIZE, add_bfloat16_, chunks, quantize_int4, quantize_int8, random_key, uniform
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
 POWER_ITERATIONS = 3  # keep 99.7 % of the exact subspace's energy in SmolLM2's worst matrix; one 98.7, two 99.5
 MIN_8BIT = 4096  # smaller tensors and vectors keep float32 moments, as in bitsandbytes
 MOMENTS = ("factored", "8bit", "float32")
 CODES = [bnb.create_dynamic_map(signed=signed) for signed in (True, False)]  # values of the 8-bit moments' codes
-CHUNK = 2**22  # elements squared, or stepped by bitsandbytes, at once: both make float32 copies of what they are given
 
 
 class Projection:
@@ -296,7 +295,10 @@ class QGaLore:
         self.moments[name].step_(grad, step, self.betas, self.eps, random_key(self.seed, name, step))
         if p.ndim > 1 and self.weight_decay:
             p.mul_(1 - lr * self.weight_decay)  # decoupled (arXiv 1711.05101)
-        p.add_(grad, alpha=-lr)
+        if p.dtype == torch.bfloat16:
+            add_bfloat16_(p, grad, -lr, random_key(self.seed, name, step, "weight"))
+        else:
+            p.add_(grad, alpha=-lr)
 
     def _admit_(self, grad):
         """Count the gradient's norm and clip it in place; one that is not finite becomes zero."""

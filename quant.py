@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
 BLOCK = 2**19  # weights updated at once: each of the half dozen float32 temporaries takes 2 MiB, and stays in cache
 DY_GROUP = 128  # rows of W that share a token's scale in dy @ W: more would round coarser, fewer rescale more often
+CHUNK = 2**22  # elements that one operation takes to float32 at once, where no kernel keeps them in registers
 
 
 def stochastic_round(x, generator=None):
@@ -46,10 +47,14 @@ def random_key(*parts):
 def uniform(key, start, n, device=None):
     """Numbers start .. start + n - 1 of the stream `key`: (n,) float32, odd multiples of 2^-17 in (0, 1), of mean 1/2.
 
-    Numbers 2k and 2k + 1 are the halves of a hash of k: key + k * 2^32 / golden ratio, then the 32-bit mixer
-    "lowbias32" of C. Wellons' hash-prospector. Without unsigned 32 bits in torch, right shifts of int32 are masked.
     floor(x + u) rounds x stochastically, and exactly for |x| <= 128, where x + u stays below the next whole number.
     """
+    return _random_int16(key, start, n, device).float().mul_(2.0**-16).add_(0.5 + 2.0**-17)
+
+
+def _random_int16(key, start, n, device):
+    """Numbers 2k and 2k + 1 are the halves of a hash of k: key + k * 2^32 / golden ratio, then the 32-bit mixer
+    "lowbias32" of C. Wellons' hash-prospector. Without unsigned 32 bits in torch, right shifts of int32 are masked."""
     first = start // 2
     x = torch.arange(first, (start + n + 1) // 2, dtype=torch.int32, device=device)
     x.mul_(_int32(0x9E3779B9)).add_(_int32(key))
@@ -58,7 +63,7 @@ def uniform(key, start, n, device=None):
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x.mul_(_int32(0x846CA68B))
     x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x.view(torch.int16)[start % 2 :][:n].float().mul_(2.0**-16).add_(0.5 + 2.0**-17)
+    return x.view(torch.int16)[start % 2 :][:n]
 
 
 def _int32(x):
@@ -149,6 +154,20 @@ def _round_rows(x):
     """x (T, n) float32 as whole numbers of -127..127, and their unit (T, 1). What is all below 3e-33 becomes 0."""
     s = x.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 127
     return (x * s.reciprocal()).round_(), s
+
+
+def add_bfloat16_(p, delta, alpha, key):
+    """p <- round(p + alpha * delta) in place, the sum formed in float32 and rounded stochastically.
+
+    p, delta: bfloat16, contiguous, of one shape. Rounding to nearest would lose each step below p's half last bit,
+    0.2 to 0.4 % of p: an embedding stands still as the rate decays. key: as above.
+    """
+    p, delta = p.view(-1), delta.view(-1)
+    for start in chunks(p, len(p), CHUNK):
+        at = slice(start, start + CHUNK)
+        bits = p[at].float().add_(delta[at], alpha=alpha).view(torch.int32)  # a bfloat16 is the upper half of a float32
+        bits += _random_int16(key, start, len(bits), p.device).int().bitwise_and_(0xFFFF)
+        p[at] = bits.bitwise_and_(-65536).view(torch.float32)
 
 
 def _blocks(q):

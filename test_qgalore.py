@@ -46,8 +46,8 @@ from memory import Live, memory_plan
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
 from qgalore import Moments, Projection, QGaLore, similarity
-from quant import (dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key, stochastic_round,
-                   uniform)
+from quant import (add_bfloat16_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key,
+                   stochastic_round, uniform)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 INTERPRETED = DEVICE == "cpu"  # Triton's interpreter rounds to bfloat16 towards zero, and multiplies bfloat16's bits
@@ -102,6 +102,16 @@ def test_counted_random_numbers_are_uniform_differ_by_key_and_start_anywhere():
         assert torch.equal(uniform(random_key("a"), start, n), u[start : start + n])
     whole = torch.arange(-128.0, 128)[:, None]
     assert ((whole + u[:4096]).floor() == whole).all()  # what rounding must leave alone
+
+
+def test_bfloat16_parameters_move_by_steps_far_below_their_last_bit():
+    p, delta = torch.full((100, 1000), 0.02, dtype=torch.bfloat16), torch.full((100, 1000), 1.0, dtype=torch.bfloat16)
+    start, unit = p.double().mean(), 2.0**-13  # the last bit's worth at 0.02
+    for i in range(50):
+        add_bfloat16_(p, delta, -0.02 * unit, random_key("test", i))
+    moved = (p.double().mean() - start).item()
+    assert abs(moved + 50 * 0.02 * unit) < 4 * unit * (50 * 0.02 / p.numel()) ** 0.5
+    assert torch.equal(start.bfloat16(), (start - 0.02 * unit).bfloat16())  # where rounding to nearest would stay
 
 
 def test_weights_that_are_quantised_again_unmoved_keep_their_codes():
