@@ -1208,17 +1208,28 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     configure(settings, ["--learning_rate=1", "--max_iters=1e3", "--out_dir=7"])
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
-    for arg in ("--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
-                "--moments=4bit", "--checkpoint_bits=4", "--matmul=int4"):
-        one_line_error(
-            run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, arg), arg[2:].split("=")[0]
-        )
+    bad = ["--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
+           "--moments=4bit", "--checkpoint_bits=4", "--matmul=int4"]
+    usual = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN]
+    one_after_the_other = f"""
+import runpy, sys
+for arg in {bad}:
+    sys.argv = [*{usual}, arg]
+    try:
+        runpy.run_path({HERE + "/train.py"!r}, run_name="__main__")
+    except SystemExit as e:
+        print(e)
+"""
+    out = subprocess.run([sys.executable, "-c", one_after_the_other], cwd=HERE, capture_output=True, text=True).stdout
+    assert len(out.splitlines()) == len(bad), out
+    for line, arg in zip(out.splitlines(), bad):
+        assert line.startswith("error: ") and arg[2:].split("=")[0] in line, line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_asked_for_and_absent_is_one_line(tmp_path):
     one_line_error(run("train.py", f"--out_dir={tmp_path}", "--device=cuda"), "device=cuda")
-    code, out, err = run("train.py", f"{HERE}/config/llama_7b.py", "--dry_run=True")
+    code, out, err = run("train.py", f"{HERE}/config/demo.py", "--device=cuda", "--dry_run=True")
     assert code == 0 and "no such device here" in out
 
 
