@@ -1331,7 +1331,8 @@ EOT = 256  # of encoding=bytes
 def prepare_c4_command(*args, **env):
     command = [sys.executable, os.path.join(HERE, "prepare_c4.py"), "--encoding=bytes", *args]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen(command, env={**os.environ, **env}, **streams)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children are born deaf to it
+    return subprocess.Popen(command, env={**os.environ, **env}, preexec_fn=listen, **streams)
 
 
 def lines_of(texts):
