@@ -41,7 +41,7 @@ memory_fraction_gib = 0.0  # GPU memory that torch may take; 0 = all
 timeout = 0.0  # seconds that a contender may take; 0 = any
 threads = 0  # CPU threads; 0 = torch's choice
 peer_svd = True  # False: galore and q_galore take unit vectors, and nothing is told of their SVD's time and memory
-refresh_study = False  # time Projection.refresh against exact SVD on the matrices of one block, and leave
+refresh_study = False  # time a refresh against exact SVD on the matrices of one block, and leave
 contender = ""  # internal: the one that this process runs
 # -----------------------------------------------------------------------------
 
@@ -74,14 +74,13 @@ class Phases:
         self.since = now
 
     def wrap(self, owner, method, name):
-        """Time owner.method as phase `name`; count the calls of "refresh" that took a basis."""
+        """Time owner.method as phase `name`, or name(*args); count the bases taken."""
         plain = getattr(owner, method)
 
         def timed(*args, **kwargs):
-            with self(name):
-                result = plain(*args, **kwargs)
-            self.refreshes += name == "refresh" and result is not False
-            return result
+            self.refreshes += method in ("turn", "get_orthogonal_matrix")
+            with self(name(*args) if callable(name) else name):
+                return plain(*args, **kwargs)
 
         setattr(owner, method, timed)
 
@@ -110,7 +109,9 @@ def measure(c, kind, dtype):
         phases.wrap(QGaLore, "_step_layer", "update")
         phases.wrap(QGaLore, "_step_parameter", "update")
         phases.wrap(Projection, "project", "projection")
-        phases.wrap(Projection, "refresh", "refresh")
+        phases.wrap(Projection, "look", "refresh")
+        phases.wrap(QGaLore, "_gather", lambda _, name, what, *args: "refresh" if what == "sketch" else "projection")
+        phases.wrap(Projection, "turn", "refresh")
         model, optimizer = train.build(vars(c), kind, weight_dtype)
         bases = lambda: list(getattr(optimizer, "projections", {}).values())
     if c.compile:
@@ -240,15 +241,21 @@ def study(c, kind, dtype):
             x, dy = (torch.randn(tokens, n, device=kind, generator=generator) for n in (n_in, n_out))
             x, dy = x.to(dtype), dy.mul_(weight).to(dtype)
             projection = Projection(n_out, n_in, c.rank, bits=16)
-            refresh, _ = fastest(lambda step: projection.refresh(x, dy, step), 3)
+
+            def refresh(step):
+                left, right = projection.look(x, dy, step)
+                projection.turn((left.T @ right).float(), step)
+
+            ms, _ = fastest(refresh, 3)
             svd, (_, s, _) = fastest(lambda step: torch.linalg.svd((dy.T @ x).float(), full_matrices=False), 1)
             energy = s.double().square()
             best = energy[: c.rank].sum()
-            r = {"out": n_out, "in": n_in, "decay": decay, "refresh_ms": refresh, "svd_ms": svd, "ratio": svd / refresh,
-                 "energy_of_svd": (projection.project(x, dy).double().square().sum() / best).item(),
+            left, right = projection.project(x, dy)
+            r = {"out": n_out, "in": n_in, "decay": decay, "refresh_ms": ms, "svd_ms": svd, "ratio": svd / ms,
+                 "energy_of_svd": ((left.T @ right).double().square().sum() / best).item(),
                  "svd_energy_of_all": (best / energy.sum()).item()}
             rows.append(r)
-            print(f"{n_out:7d} x {n_in:<7d}{decay:4.1f}{refresh:12.1f}{svd:12.1f}{r['ratio']:13.1f}"
+            print(f"{n_out:7d} x {n_in:<7d}{decay:4.1f}{ms:12.1f}{svd:12.1f}{r['ratio']:13.1f}"
                   f"{r['energy_of_svd']:18.4f}{r['svd_energy_of_all']:15.4f}", flush=True)
     return rows
 

@@ -40,32 +40,45 @@ class Live(TorchDispatchMode):
 
 
 def memory_plan(settings, build, weight_dtype, dtype):
-    """{part: bytes} of a run, at the peak of a step that refreshes every subspace.
+    """{part: bytes} of a run, at the peak of its worst step.
 
     settings: train.py's. build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
     """
     live, plan = Live(), {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
+    micro_batches = min(2, settings["gradient_accumulation_steps"])
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model, optimizer = build(settings, "cpu", weight_dtype)
         plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        if settings["method"] != "adamw":
-            plan["moments"] = live.now - plan["weights"]
-            for projection in optimizer.projections.values():
-                projection.basis = projection.encode(torch.empty(projection.dim, projection.rank))
-            plan["projections"] = live.now - sum(plan.values())
-        shape = settings["batch_size"], settings["block_size"]
-        accumulation = min(2, settings["gradient_accumulation_steps"])
-        for _ in range(2 if settings["method"] == "adamw" else 1):  # torch makes the moments at the first step
-            for micro in range(accumulation):
-                idx = torch.zeros(shape, dtype=torch.int64)
-                optimizer.accumulating = micro < accumulation - 1
-                with autocast:
-                    loss = model(idx, idx)
-                loss.backward()
-            if settings["method"] == "adamw":
+
+        def micro_batch(last):
+            idx = torch.zeros(settings["batch_size"], settings["block_size"], dtype=torch.int64)
+            optimizer.accumulating = not last
+            with autocast:
+                loss = model(idx, idx)
+            loss.backward()
+
+        if settings["method"] == "adamw":
+            for _ in range(2 * micro_batches):  # torch makes the moments at the first step
+                micro_batch(True)
                 optimizer.step()
                 optimizer.zero_grad()
+        else:
+            plan["moments"] = live.now - plan["weights"]
+            if micro_batches > 1:  # the first step: every layer sums up a sketch
+                micro_batch(False)
+                optimizer.sums.clear()
+            first = live.now - sum(plan.values())
+            due = -(-len(optimizer.projections) // settings["proj_gap"])  # layers that refresh in one step, later
+            for i, projection in enumerate(optimizer.projections.values()):
+                projection.basis = projection.encode(torch.empty(projection.dim, projection.rank))
+                projection.next_refresh = 0 if i < due else 1
+            plan["projections"] = live.now - first - sum(plan.values())
+            if micro_batches > 1:
+                micro_batch(False)
+                plan["sums of micro-batches"] = live.now - sum(plan.values())
+            micro_batch(True)
+            optimizer.step()
     plan["gradients, activations"] = live.peak - sum(plan.values())
     return plan
 
@@ -83,7 +96,8 @@ def refuse_what_does_not_fit(plan, free, device):
     """Leave with one line, if free is known: the bytes needed, and the settings to lower."""
     need, largest = sum(plan.values()), max(plan, key=plan.get)
     lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
-             "moments": "rank", "projections": "rank"}.get(largest, "n_layer or n_embd")
+             "moments": "rank", "projections": "rank",
+             "sums of micro-batches": "rank"}.get(largest, "n_layer or n_embd")
     if free is not None and need > free:
         raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "
                          f"the largest part is {largest}, {plan[largest] / GIB:.2f}: lower {lower} "

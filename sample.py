@@ -9,6 +9,7 @@ import os
 
 import torch
 
+from checkpoint import read_checkpoint
 from configurator import configure
 from model import LLaMA
 from prepare_c4 import get_encoding
@@ -40,14 +41,8 @@ def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed
 def main():
     configure(globals(), skip_unknown_in_files=True)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    path = os.path.join(out_dir, "ckpt.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config, weights = checkpoint["config"], checkpoint["model"]
-    except FileNotFoundError:
-        raise SystemExit(f"error: {path} does not exist: name a run's folder with --out_dir")
-    except Exception as e:  # torch raises many kinds on a damaged or foreign file
-        raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({type(e).__name__})")
+    checkpoint = read_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+    config, weights = checkpoint["config"], checkpoint["model"]
     encoding = get_encoding(config["encoding"])
     model = LLaMA.from_settings(config, kind, weights["embed.weight"].dtype)
     model.load_state_dict(weights)

@@ -1,8 +1,9 @@
 """
-Train a LLaMA on token shards with Q-GaLore, or with full-rank Adam to compare, on one GPU or on the CPU:
+Train a LLaMA on token shards with Q-GaLore, or with full-rank Adam to compare, on one GPU, several, or the CPU:
     python train.py config/demo.py                          # minutes on any machine, nothing to download
     python train.py config/llama_7b.py --dry_run=True       # what it takes, before it takes it
     python train.py config/llama_7b.py --init_from=resume   # go on after a stop
+    torchrun --standalone --nproc_per_node=2 train.py config/llama_7b.py    # the same run on two GPUs
 """
 
 import glob
@@ -17,26 +18,30 @@ from contextlib import nullcontext
 # (torch 2.8 to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import load_checkpoint, paths, save_checkpoint
 from configurator import configure
+from data import Windows
 from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
 from model import LLaMA
+from parallel import Ranks
 from plot import plot_loss, read_log
-from prepare_c4 import get_encoding, prepare, read_shard, replacing
-from qgalore import MOMENTS, QGaLore
+from prepare_c4 import get_encoding, prepare, replacing
+from qgalore import ACCUMULATION, AT_REFRESH, MOMENTS, QGaLore
 from sample import stream
 
 # -----------------------------------------------------------------------------
 # output
 out_dir = "out"  # config.json, log.jsonl, ckpt.pt, loss.png
+keep_checkpoints = 2  # ckpt.pt, and before it ckpt-1.pt ...
 eval_interval = 500  # steps between evaluations; each is followed by a checkpoint
 eval_iters = 40  # batches an evaluation reads, always the same ones
 log_interval = 10  # steps between lines of log.jsonl
 eval_only = False  # evaluate once and leave
-init_from = "scratch"  # or "resume": go on from out_dir/ckpt.pt
+init_from = "scratch"  # or "resume": go on from out_dir's newest whole checkpoint
+max_minutes = 0.0  # save and leave after so many; 0 = never
 sample_tokens = 0  # tokens to generate and show at the end
 wandb_log = False
 tensorboard_log = False
@@ -48,7 +53,7 @@ data_input = ""  # what to make data_dir's shards of if it has none: "docs", or 
 encoding = "gpt2"  # of the shards; "bytes", or a rank file
 batch_size = 16  # sequences a micro-batch
 block_size = 256  # tokens a sequence
-gradient_accumulation_steps = 1  # micro-batches a step
+gradient_accumulation_steps = 1  # micro-batches a step, of all ranks together
 # model
 n_layer = 8
 n_head = 8
@@ -70,11 +75,13 @@ proj_k = 5  # refreshes in that mean
 proj_bits = 4  # 4, 8 or 16 (not quantised)
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
+moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rotate" into the new basis
 weight_bits = 8  # 8, or 16: not quantised, in `dtype`
 weight_group_size = 256
 matmul = "float"  # or "int8": forward and input gradient on the INT8 tensor cores, x and dy rounded to 8 bits
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments = "factored"  # Adam's: first in INT8, second as a row and a column; or "8bit" (bitsandbytes), "float32"
+accumulation = "int8"  # what low-rank gradients of micro-batches add up in; or "bfloat16", "float32"
 # optimizer
 learning_rate = 0.01
 max_iters = 10000  # steps
@@ -82,7 +89,7 @@ weight_decay = 0.0  # decoupled, on matrices
 beta1 = 0.9
 beta2 = 0.999
 adam_eps = 1e-8
-grad_clip = 0.0  # adamw: the global norm; else each weight's own; 0 = off
+grad_clip = 0.0  # the norm of all gradients, see QGaLore; 0 = off
 decay_lr = True  # cosine from learning_rate to min_lr
 warmup_iters = 1000
 lr_decay_iters = 0  # 0 = max_iters
@@ -91,60 +98,11 @@ min_lr = -1.0  # negative = a tenth of learning_rate
 device = "auto"  # cuda where there is one, else cpu
 dtype = "auto"  # bfloat16 where the GPU has it, else float32
 seed = 1337
+rank_timeout = 600.0  # seconds that torchrun's ranks wait for each other
 # -----------------------------------------------------------------------------
 
-SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
-              "weight_bits", "weight_group_size", "rank", "proj_bits", "moments")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
               "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)
-
-
-class Windows:
-    """Windows of block_size + 1 tokens out of memory-mapped shards, in an order drawn from `seed`: each epoch takes the
-    shards in a new order and each shard's windows in a new order, and sees each window once. seed None: in file order.
-    `position`, the windows read so far, is all the state there is."""
-
-    def __init__(self, pattern, block_size, vocab_size, seed=None):
-        self.paths = sorted(glob.glob(pattern))
-        if not self.paths:
-            raise SystemExit(f"error: no shards {pattern}; make some with prepare_c4.py, or set data_dir")
-        self.block_size, self.vocab_size, self.seed = block_size, vocab_size, seed
-        self.counts = []
-        for path in self.paths:
-            tokens, n_vocab = read_shard(path)
-            if n_vocab > vocab_size:
-                raise SystemExit(f"error: {path}: its vocabulary has {n_vocab} tokens, vocab_size is {vocab_size}")
-            if len(tokens) <= block_size:
-                raise SystemExit(f"error: {path}: {len(tokens)} tokens are less than one sequence of block_size + 1")
-            self.counts.append((len(tokens) - 1) // block_size)
-        self.total, self.position = sum(self.counts), 0
-        self.epoch = self.shard = None
-
-    def batch(self, n):
-        """The next n windows: x, y (n, block_size) int64, y one token ahead."""
-        rows = torch.from_numpy(np.stack([self._next() for _ in range(n)]).astype(np.int64))  # (n, block_size + 1)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def _next(self):
-        epoch, i = divmod(self.position, self.total)
-        self.position += 1
-        if epoch != self.epoch:
-            self.epoch, self.shard = epoch, None
-            self.order = self._permutation(len(self.paths), epoch)
-            self.ends = np.cumsum([self.counts[s] for s in self.order])
-        place = int(np.searchsorted(self.ends, i, side="right"))
-        shard = int(self.order[place])
-        if shard != self.shard:
-            self.shard, self.tokens = shard, read_shard(self.paths[shard])[0]
-            if self.tokens.max() >= self.vocab_size:
-                raise SystemExit(f"error: {self.paths[shard]}: token {self.tokens.max()} is beyond vocab_size "
-                                 f"{self.vocab_size}")
-            self.windows = self._permutation(self.counts[shard], epoch, shard + 1)
-        start = self.windows[i - self.ends[place]] * self.block_size  # counted from the shard's end
-        return self.tokens[start : start + self.block_size + 1]
-
-    def _permutation(self, n, *key):
-        return np.arange(n) if self.seed is None else np.random.default_rng((self.seed, *key)).permutation(n)
 
 
 def learning_rate_at(it):
@@ -159,47 +117,22 @@ def learning_rate_at(it):
     return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
 
 
-def build(c, device, dtype):
+def build(c, device, dtype, ranks=None):
     """The model and the optimizer of settings c."""
     model, betas = LLaMA.from_settings(c, device, dtype), (c["beta1"], c["beta2"])
     if c["method"] != "adamw":
         return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
                               c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
-                              "8bit" if c["method"] == "adam8bit" else c["moments"], c["stochastic_rounding"],
-                              c["proj_svd"], c["grad_clip"], c["seed"])
+                              "8bit" if c["method"] == "adam8bit" else c["moments"], c["moments_at_refresh"],
+                              c["stochastic_rounding"], c["proj_svd"], c["accumulation"], c["grad_clip"], c["seed"],
+                              ranks)
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": c["weight_decay"]}
     vectors = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
     return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
 
 
-def save_checkpoint(path, checkpoint):
-    """Write beside the old one, sync, then rename: whatever happens, `path` is a whole checkpoint."""
-    try:
-        with replacing(path) as f:
-            torch.save(checkpoint, f)
-    except (OSError, RuntimeError) as e:
-        kept = "; the one before it is whole" if os.path.exists(path) else ""
-        raise SystemExit(f"error: could not save {path}: {e}{kept}")
-
-
-def load_checkpoint(path, config):
-    """Read a checkpoint of this model and method; exits with one line if it is anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved = checkpoint["config"]
-        checkpoint["model"], checkpoint["optimizer"], checkpoint["iter"], checkpoint["position"]
-    except FileNotFoundError:
-        raise SystemExit(f"error: {path} does not exist: there is nothing to resume in out_dir")
-    except Exception as e:  # torch raises many kinds on a damaged or foreign file
-        raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({type(e).__name__})")
-    for key in SHAPE_KEYS:
-        if saved.get(key) != config[key]:
-            raise SystemExit(f"error: {path} was trained with {key} = {saved.get(key)!r}, this run has {config[key]!r}")
-    return checkpoint
-
-
 def main():
-    config = configure(globals())
+    began, config = time.perf_counter(), configure(globals())
     config["n_kv_head"] = n_kv_head or n_head
     if method not in ("qgalore", "adamw", "adam8bit"):
         raise SystemExit(f"error: method {method!r}: there are qgalore, adamw and adam8bit")
@@ -209,12 +142,14 @@ def main():
     if kind not in ("cpu", "cuda"):
         raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
     for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters",
-                "log_interval", "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k"):
+                "log_interval", "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k",
+                "keep_checkpoints"):
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
     for key, choices in (("proj_bits", (4, 8, 16)), ("weight_bits", (8, 16)), ("checkpoint_bits", (8, 16)),
-                         ("moments", MOMENTS), ("matmul", ("float", "int8"))):
+                         ("moments", MOMENTS), ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
+                         ("moments_at_refresh", AT_REFRESH)):
         if config[key] not in choices:
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
     if not have_device and not dry_run:
@@ -230,6 +165,14 @@ def main():
     compute_dtype = getattr(torch, name)
     weight_dtype = torch.float32 if method == "adamw" else compute_dtype  # adamw: float32 weights under autocast
 
+    # the other ranks, if torchrun started this one
+    ranks = Ranks(kind, None if dry_run else config | {"device": kind, "dtype": name}, rank_timeout)
+    main_rank = ranks.rank == 0  # the one that writes
+    micro_batches, rest = divmod(gradient_accumulation_steps, ranks.size)
+    if rest:
+        raise SystemExit(f"error: gradient_accumulation_steps = {gradient_accumulation_steps} micro-batches do not "
+                         f"divide among {ranks.size} ranks: set a multiple of {ranks.size}")
+
     # memory, before anything is allocated
     try:
         plan = memory_plan(config, build, weight_dtype, compute_dtype)
@@ -242,68 +185,78 @@ def main():
     refuse_what_does_not_fit(plan, free, kind)
 
     # data
-    if data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
+    if main_rank and data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
         prepare(input=data_input, out_dir=data_dir, encoding=encoding)
+    ranks.agree({})  # the others wait for the shards
     train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, vocab_size, seed)
     val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, vocab_size)
 
     # output folder
-    ckpt_path, log_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
-    checkpoint = load_checkpoint(ckpt_path, config) if init_from == "resume" else None
+    log_path = os.path.join(out_dir, "log.jsonl")
+    checkpoint = load_checkpoint(out_dir, config) if init_from == "resume" else None
+    start, train_data.position = (checkpoint["iter"], checkpoint["position"]) if checkpoint else (0, 0)
+    ranks.agree({"training windows": train_data.total, "validation windows": val_data.total, "step": start})
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        if checkpoint is None:  # a run that was here before is set aside, not overwritten
-            for path in (ckpt_path, log_path):
-                if os.path.exists(path):
-                    os.replace(path, path.replace("ckpt", "previous_ckpt").replace("log.", "previous_log."))
-        else:  # drop what was logged after the checkpoint: those steps come again
-            kept = [json.dumps(entry) + "\n" for entry in read_log(log_path) if entry["iter"] < checkpoint["iter"]]
-            with replacing(log_path) as f:
-                f.write("".join(kept).encode())
-        with replacing(os.path.join(out_dir, "config.json")) as f:
-            f.write(json.dumps(config, indent=1).encode())
-        log_file = open(log_path, "a", buffering=1)  # a line is on its way to disk as soon as it is written
+        if main_rank:
+            os.makedirs(out_dir, exist_ok=True)
+            if checkpoint is None:  # a run that was here before is set aside, not overwritten
+                for path in (*paths(out_dir), *glob.glob(glob.escape(log_path))):
+                    os.replace(path, os.path.join(out_dir, "previous_" + os.path.basename(path)))
+            else:  # drop what was logged after the checkpoint: those steps come again
+                kept = [json.dumps(entry) + "\n" for entry in read_log(log_path) if entry["iter"] < start]
+                with replacing(log_path) as f:
+                    f.write("".join(kept).encode())
+            with replacing(os.path.join(out_dir, "config.json")) as f:
+                f.write(json.dumps(config, indent=1).encode())
+            log_file = open(log_path, "a", buffering=1)  # a line is on its way to disk as soon as it is written
     except OSError as e:
         raise SystemExit(f"error: cannot write to out_dir {out_dir}: {e.strerror}")
 
     # model and optimizer
     torch.manual_seed(seed)
-    model, optimizer = build(config, kind, weight_dtype)
+    model, optimizer = build(config, kind, weight_dtype, ranks)
     if compile:
         model.compile_pointwise()
     clamped = [] if method == "adamw" else [name for name, p in optimizer.projections.items() if p.rank < rank]
-    if clamped:
+    if clamped and main_rank:
         print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
               f"them: these train at full rank")
     autocast = torch.autocast(kind, compute_dtype) if compute_dtype != weight_dtype else nullcontext()
-    start = 0
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start, train_data.position = checkpoint["iter"], checkpoint["position"]
         del checkpoint
 
     @torch.no_grad()
     def evaluate():
         val_data.position = 0
-        n = max(1, min(eval_iters, val_data.total // batch_size))
-        losses = []
-        for _ in range(n):
-            x, y = (t.to(kind) for t in val_data.batch(batch_size))
-            with autocast:
-                losses.append(model(x, y).item())
-        return sum(losses) / n
+        n, loss = max(1, min(eval_iters, val_data.total // batch_size)), 0.0
+        for i in range(n):
+            x, y = val_data.batch(batch_size)
+            if i % ranks.size == ranks.rank:
+                with autocast:
+                    loss += model(x.to(kind), y.to(kind)).item()
+        return ranks.total(loss) / n
+
+    def state():
+        """What all ranks hold alike, by name."""
+        parts = {part: of for part, of in optimizer.state_dict().items() if isinstance(of, dict)}
+        return model.state_dict() | {f"{part} of {name}": t for part, of in parts.items() for name, t in of.items()}
 
     def save(it):
-        save_checkpoint(ckpt_path, {"config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                    "iter": it, "position": train_data.position})
+        ranks.check_identical(state(), f"at step {it}")
+        if main_rank:
+            os.fsync(log_file.fileno())  # the lines before a checkpoint are never written again
+            save_checkpoint(out_dir, {"config": config, "model": model.state_dict(),
+                                      "optimizer": optimizer.state_dict(), "iter": it,
+                                      "position": train_data.position}, keep_checkpoints)
 
     try:
-        if wandb_log:
+        if wandb_log and main_rank:
             import wandb
 
             wandb.init(project=project, name=out_dir, config=config)
-        if tensorboard_log:
+        if tensorboard_log and main_rank:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(out_dir)
@@ -311,6 +264,8 @@ def main():
         raise SystemExit(f"error: wandb_log or tensorboard_log is set, but there is no {e.name}: pip install {e.name}")
 
     def log(entry):
+        if not main_rank:
+            return
         log_file.write(json.dumps(entry) + "\n")
         if wandb_log:
             wandb.log(entry, step=entry["iter"])
@@ -318,11 +273,11 @@ def main():
             for key, value in entry.items():
                 writer.add_scalar(key, value, entry["iter"])
 
-    stopped = []  # the signal that asked us to stop
+    stopped = []  # why to stop after this step
 
     def stop(number, frame):
-        if stopped:
-            raise KeyboardInterrupt  # asked twice: at once, and without saving
+        if stopped and ranks.size == 1:
+            raise KeyboardInterrupt  # asked twice: at once, and without saving. (torchrun itself asks twice)
         stopped.append(signal.Signals(number).name)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -332,40 +287,53 @@ def main():
     gpu = torch.cuda.get_device_name() if kind == "cuda" else ""
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     tokens_per_step = batch_size * block_size * gradient_accumulation_steps
-    bar = tqdm(total=max_iters, initial=start, unit="step", dynamic_ncols=True, disable=None)
+    bar = tqdm(total=max_iters, initial=start, unit="step", dynamic_ncols=True,
+               disable=None if main_rank else True)
+    ranks.check_identical(state(), "at the start")
     it, val_loss, clock, clock_it = start, None, time.perf_counter(), start
     while True:
         if it % eval_interval == 0 or it >= max_iters or eval_only:
             val_loss = evaluate()
             log({"iter": it, "val_loss": val_loss, "tokens": it * tokens_per_step})
-            tqdm.write(f"step {it}: val loss {val_loss:.4f}")
+            if main_rank:
+                tqdm.write(f"step {it}: val loss {val_loss:.4f}")
             if it > start and not eval_only:
                 save(it)
-            clock, clock_it = time.perf_counter(), it
+            clock, clock_it, ranks.sent = time.perf_counter(), it, 0
         if it >= max_iters or eval_only:
             break
         lr = learning_rate_at(it)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=kind)
-        for micro in range(gradient_accumulation_steps):
-            x, y = (t.to(kind, non_blocking=True) for t in train_data.batch(batch_size))
-            optimizer.accumulating = micro < gradient_accumulation_steps - 1
+        for micro in range(micro_batches):
+            x, y = (t.to(kind, non_blocking=True) for t in train_data.batch(batch_size, ranks.rank, ranks.size))
+            optimizer.accumulating = micro < micro_batches - 1
             with autocast:
                 micro_loss = model(x, y) / gradient_accumulation_steps
-            micro_loss.backward()  # for qgalore and adam8bit this is the step, too
+            micro_loss.backward()  # for qgalore and adam8bit this is most of the step, too
             loss += micro_loss.detach()
         if method == "adamw":
+            for p in model.parameters():
+                ranks.sum_(p.grad, lambda grad: None)
+            ranks.land()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
-            optimizer.step()
+        optimizer.step()
+        if method == "adamw":
             optimizer.zero_grad()
         it += 1
         bar.update()
-        if (it - 1) % log_interval == 0 or stopped:
-            entry = {"iter": it - 1, "loss": loss.item(), "lr": lr, "tokens": it * tokens_per_step}  # a sync point
+        if max_minutes and time.perf_counter() - began > 60 * max_minutes:
+            stopped.append("max_minutes")
+        stopping = ranks.any(stopped)
+        if (it - 1) % log_interval == 0 or stopping:
+            entry = {"iter": it - 1, "loss": ranks.total(loss.item()), "lr": lr}  # a sync point
+            entry["tokens"] = it * tokens_per_step
             now = time.perf_counter()
             entry["tokens_per_s"] = (it - clock_it) * tokens_per_step / (now - clock)
-            clock, clock_it = now, it
+            if ranks.size > 1:
+                entry["sent_mb"] = ranks.sent / (it - clock_it) / 1e6  # a step, that a rank hands to torch.distributed
+            clock, clock_it, ranks.sent = now, it, 0
             entry["peak_memory_gb"] = memory_peak(kind)
             if kind == "cuda":
                 entry["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB  # with what lies in fragments
@@ -375,13 +343,17 @@ def main():
                 entry["mfu"] = entry["tokens_per_s"] * model.flops_per_token() / peak_flops
             log(entry)
             bar.set_postfix(loss=f"{entry['loss']:.3f}", tokens_per_s=f"{entry['tokens_per_s']:.0f}")
-        if stopped:
+        if stopping:
             save(it)
             break
     bar.close()
+    ranks.leave()
+    if not main_rank:
+        return
     plot_loss(out_dir)
-    if stopped:
-        print(f"{stopped[0]}: saved step {it}; go on with the same command and --init_from=resume")
+    if stopping:
+        reason = stopped[0] if stopped else "another rank"
+        print(f"{reason}: saved step {it}; go on with the same command and --init_from=resume")
         return
     if sample_tokens:
         prompt = val_data.batch(1)[0][:, :32].to(kind)

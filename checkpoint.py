@@ -1,0 +1,78 @@
+"""
+A run's checkpoints: ckpt.pt is the newest, ckpt-1.pt the one before it, and so on.
+
+torch.save writes one tensor after the other and brings each from the GPU when its turn comes, so that host memory never
+holds a second copy of the model: at 7B 9.5 GB go to disk, and the largest tensor is 0.4.
+"""
+
+import glob
+import os
+import zipfile
+
+import torch
+
+from prepare_c4 import replacing
+
+FORMAT = 2  # raised when what a checkpoint holds changes
+SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
+              "weight_bits", "weight_group_size", "rank", "proj_bits", "moments")
+
+
+def paths(out_dir):
+    """The checkpoints of out_dir, newest first."""
+    found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt*.pt"))
+    return sorted(found, key=lambda path: int("0" + "".join(filter(str.isdigit, os.path.basename(path)))))
+
+
+def save_checkpoint(out_dir, checkpoint, keep=1):
+    """Write ckpt.pt and sync it under another name; only then do the ones before it make room. Whatever happens, those
+    that are there are whole."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    try:
+        with replacing(path) as f:
+            torch.save(checkpoint | {"format": FORMAT}, f)
+            f.flush()
+            os.fsync(f.fileno())
+            numbered = [path, *(os.path.join(out_dir, f"ckpt-{i}.pt") for i in range(1, keep))]
+            for newer, older in reversed(list(zip(numbered, numbered[1:]))):
+                if os.path.exists(newer):
+                    os.replace(newer, older)
+    except (OSError, RuntimeError) as e:
+        kept = "; the one before it is whole" if paths(out_dir) else ""
+        raise SystemExit(f"error: could not save {path}: {e}{kept}")
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py, memory-mapped; nothing in it is run. Exits with one line if it is anything else."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
+            if (name := file.testzip()) is not None:
+                raise ValueError(name)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        made = checkpoint.get("format")
+        checkpoint["config"], checkpoint["model"], checkpoint["optimizer"], checkpoint["iter"], checkpoint["position"]
+    except FileNotFoundError:
+        raise SystemExit(f"error: {path} does not exist: name a run's folder with --out_dir")
+    except Exception as e:  # zipfile and torch raise many kinds on a damaged or foreign file
+        raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({type(e).__name__})")
+    if made != FORMAT:
+        raise SystemExit(f"error: {path} was made by another version of train.py: format {made}, not {FORMAT}")
+    return checkpoint
+
+
+def load_checkpoint(out_dir, config):
+    """The newest whole checkpoint of out_dir, of this model and method; exits with one line if there is none."""
+    candidates = paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")]
+    for path in candidates:
+        try:
+            checkpoint = read_checkpoint(path)
+            break
+        except SystemExit as e:
+            if path == candidates[-1]:
+                raise
+            print(f"{e}; going back to the one before it")
+    for key in SHAPE_KEYS:
+        if checkpoint["config"].get(key) != config[key]:
+            raise SystemExit(f"error: {path} was trained with {key} = {checkpoint['config'].get(key)!r}, this run has "
+                             f"{config[key]!r}")
+    return checkpoint

@@ -1,0 +1,142 @@
+"""
+What an optimizer keeps of a gradient: Adam's two moments, and the sum of a step's micro-batches, in 1 to 8 bytes an
+element. At LLaMA-7B and rank 1024 the low-rank gradients have 1.62 billion elements: each byte is 1.5 GiB.
+"""
+
+import logging
+import math
+from functools import cache, partial
+
+import torch
+
+from kernels import adam_int8_, add_low_rank_int8_, dequantize_int8
+from quant import CHUNK, GROUP_SIZE, add_bfloat16_, chunks, quantize_int8
+
+MIN_8BIT = 4096  # smaller tensors and vectors keep float32 moments, as in bitsandbytes
+MOMENTS = ("factored", "8bit", "float32")
+AT_REFRESH = ("keep", "reset", "rotate")
+ACCUMULATION = ("int8", "bfloat16", "float32")
+
+
+@cache
+def bitsandbytes():
+    """Its functions, and the values of its codes for the first and the second moment. Importing it takes longer than
+    importing torch, and only "8bit" moments need it."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses 4-bit kernels: none is used
+    import bitsandbytes.functional as bnb
+
+    return bnb, [bnb.create_dynamic_map(signed=signed) for signed in (True, False)]
+
+
+class Moments:
+    """Adam's two moments of one tensor. kind:
+
+    "factored": the first in INT8, rounded stochastically; the second as a row and a column, v_ij = row_i col_j / mean
+        (Adafactor, arXiv 1804.04235, section 3): 1 byte an element
+    "8bit": both as block-wise 8-bit codes, kept and stepped by bitsandbytes: 2 bytes
+    "float32": 8 bytes; also taken for vectors and small tensors
+    """
+
+    def __init__(self, shape, kind, device=None):
+        n, zeros = math.prod(shape), partial(torch.zeros, device=device)
+        self.age = 0  # steps taken
+        self.kind = kind if len(shape) > 1 and n >= MIN_8BIT else "float32"
+        if self.kind == "factored":
+            rows, cols = shape
+            self.m, self.m_scale, self.m_zero = zeros(shape, dtype=torch.int8), *zeros(2, rows, -(-cols // GROUP_SIZE))
+            self.row, self.col = zeros(rows), zeros(cols)
+        elif self.kind == "8bit":
+            self.m, self.v = zeros(2, *shape, dtype=torch.uint8)
+            self.m_max, self.v_max = zeros(2, -(-n // 256))
+            self.m_codes, self.v_codes = (codes.to(device) for codes in bitsandbytes()[1])
+        else:
+            self.m, self.v = zeros(2, *shape)
+
+    def step_(self, g, betas, eps, key=0):
+        """g <- Adam(g) in place: what a weight moves by at a rate of -1. g: contiguous. key: of the random numbers that
+        round the first moment."""
+        self.age += 1
+        correction = [1 - beta**self.age for beta in betas]
+        if self.kind == "factored":
+            row, col, size = torch.empty_like(self.row), torch.zeros_like(self.col), max(1, CHUNK // g.shape[1])
+            for start in chunks(g, len(g), size):
+                square = g[start : start + size].float().square()
+                row[start : start + size] = square.mean(dim=1)
+                col += square.sum(dim=0)
+            self.row.lerp_(row, 1 - betas[1])
+            self.col.lerp_(col / len(g), 1 - betas[1])
+            row = (self.row / (self.row.mean() * correction[1]).clamp_(min=1e-30)).sqrt_()
+            adam_int8_(self.m, self.m_scale, self.m_zero, g, row, self.col.sqrt(), betas[0], correction[0], eps, key)
+        elif self.kind == "8bit":
+            flat = [t.view(-1).split(CHUNK) for t in (g, self.m, self.v)]
+            maxima = [t.split(CHUNK // 256) for t in (self.m_max, self.v_max)]
+            for g, m, v, m_max, v_max in zip(*flat, *maxima):
+                minus_n = torch.zeros_like(g)
+                bitsandbytes()[0].optimizer_update_8bit_blockwise(
+                    "adam", g, minus_n, m, v, *betas, 0.0, 0.0, eps, self.age, 1.0, self.m_codes, self.v_codes, m_max, v_max)
+                torch.neg(minus_n, out=g)
+        else:
+            self.m.lerp_(g.float(), 1 - betas[0])
+            self.v.lerp_(g.float().square(), 1 - betas[1])
+            g.copy_(self.m / (self.v / correction[1]).sqrt_().add_(eps).mul_(correction[0]))
+
+
+    def turn_(self, how, overlap):
+        """Follow the projection to a new basis: "keep" the moments as they are, "reset" them, or "rotate" them into it
+        by overlap = old^T new (rank, rank). A second moment rotates by the squares, as if the entries of a row of R were
+        not correlated; what is new in the new basis takes the row's mean."""
+        if how == "reset":
+            self.age = 0
+            for name in ("m", "v", "m_scale", "m_zero", "m_max", "v_max", "row", "col"):
+                if name in vars(self):
+                    getattr(self, name).zero_()
+        elif how == "rotate":
+            squares = overlap.square()
+            rotated = lambda v: v @ squares + (1 - squares.sum(dim=0)).clamp_(min=0) * v.mean(dim=-1, keepdim=True)
+            if self.kind == "factored":
+                m = dequantize_int8(self.m, self.m_scale, self.m_zero) @ overlap
+                self.m, self.m_scale, self.m_zero = quantize_int8(m)
+                self.col = rotated(self.col)
+            elif self.kind == "8bit":
+                bnb = bitsandbytes()[0]
+                decode = lambda q, top, codes: bnb.dequantize_blockwise(q, absmax=top, code=codes, blocksize=256)
+                m = decode(self.m, self.m_max, self.m_codes) @ overlap
+                v = rotated(decode(self.v, self.v_max, self.v_codes))
+                for name, value in (("m", m), ("v", v)):
+                    q, state = bnb.quantize_blockwise(value, code=getattr(self, f"{name}_codes"), blocksize=256)
+                    setattr(self, name, q), setattr(self, f"{name}_max", state.absmax)
+            else:
+                self.m, self.v = self.m @ overlap, rotated(self.v)
+
+
+class Sum:
+    """A matrix (rows, cols) that a step's micro-batches add up in. kind: "float32", 4 bytes an element; "bfloat16", 2,
+    or "int8", 1 and 8 bytes a group: both rounded stochastically at every addition."""
+
+    def __init__(self, rows, cols, kind, device):
+        zeros = partial(torch.zeros, device=device)
+        if kind == "int8":
+            self.codes = zeros(rows, cols, dtype=torch.int8), *zeros(2, rows, -(-cols // GROUP_SIZE))
+        else:
+            self.total = zeros(rows, cols, dtype=getattr(torch, kind))
+        self.kind, self.added = kind, 0
+
+    def add_(self, left, right, key):
+        """self += left^T right, left (T, rows), right (T, cols)."""
+        self.added += 1
+        if self.kind == "int8":
+            add_low_rank_int8_(*self.codes, left.T, right.T, 1.0, key)
+        elif self.kind == "bfloat16":
+            add_bfloat16_(self.total, left.T @ right, 1.0, key)
+        else:
+            self.total += left.T @ right
+
+    def set_(self, value):
+        if self.kind == "int8":
+            self.codes = quantize_int8(value)
+        else:
+            self.total.copy_(value)
+
+    def value(self):
+        """(rows, cols) float32."""
+        return dequantize_int8(*self.codes) if self.kind == "int8" else self.total.float()
