@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,8 +45,10 @@ from bench import study
 from configurator import configure
 from memory import Live, memory_plan
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
+from moments import Moments, Sum
+from parallel import Ranks
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
-from qgalore import Moments, Projection, QGaLore, similarity
+from qgalore import Projection, QGaLore, similarity
 from quant import (add_bfloat16_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key,
                    stochastic_round, uniform)
 
@@ -939,7 +942,7 @@ def test_the_range_finder_keeps_the_energy_of_the_exact_subspace():
             for step in range(2):  # the first, before there is a basis, makes do with a smaller sketch
                 refresh(projection, x, dy, step)
             energy.append(low_rank_gradient(projection, x, dy).square().sum())
-        assert energy[1] > 0.985 * energy[0]
+        assert energy[1] > 0.97 * energy[0]
 
 
 class Waits(TorchDispatchMode):
@@ -984,13 +987,83 @@ def test_factored_moments_are_adafactors():
     assert held == m.numel() + 4 * (2 * 64 + 64 + 80)
 
 
-def test_clipping_bounds_each_weights_own_gradient():
+def clipped(spike=1.0, micro_batches=1):
+    """The norms of a third step's gradients, its batch `spike` times as steep as those before, after they were clipped
+    to 1e-3, by weight; and grad_norm."""
     torch.manual_seed(0)
     model = LLaMA(tiny())
-    optimizer = QGaLore(model, rank=8, grad_clip=1e-3, moments="float32")
-    run_steps(model, optimizer, 1)
-    norms = [m.m.norm().item() / 0.1 for m in optimizer.moments.values()]  # the first moment after one step is 0.1 g
-    assert max(norms) < 1.001e-3 and optimizer.pop_stats()["grad_norm"] > 1e-2  # logged as it was before
+    optimizer = QGaLore(model, lr=0.0, betas=(0.0, 0.999), rank=8, grad_clip=1e-3, moments="float32",
+                        moments_at_refresh="keep", accumulation="float32")
+    for factor in (1.0, 1.0, spike):
+        for micro in range(micro_batches):
+            optimizer.accumulating = micro < micro_batches - 1
+            (factor * model(*tokens(seed=micro)) / micro_batches).backward()
+        optimizer.step()
+    norms = torch.stack([m.m.norm() for m in optimizer.moments.values()])  # with beta1 = 0 the first moment is g
+    return norms, optimizer.pop_stats()["grad_norm"]
+
+
+def test_with_accumulation_clipping_is_by_the_steps_own_global_norm():
+    norms, grad_norm = clipped(spike=100.0, micro_batches=2)
+    assert norms.norm().item() == pytest.approx(1e-3, rel=1e-3) and grad_norm > 1  # logged as it was before
+    direction, _ = clipped(micro_batches=2)
+    torch.testing.assert_close(norms, direction, rtol=1e-3, atol=0)  # all are scaled alike
+
+
+def test_without_accumulation_clipping_knows_the_norms_of_weights_stepped_and_of_the_last_step_for_others():
+    norms, grad_norm = clipped()
+    assert norms.norm().item() == pytest.approx(1e-3, rel=1e-3)  # the last step's norms are this one's
+    norms, after = clipped(spike=100.0)
+    assert after == pytest.approx(100 * grad_norm, rel=1e-3)
+    assert norms.max() < 1.001e-3  # a spike is cut where it comes; all together they exceed the limit, once
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_micro_batches_add_up_in_every_format_without_bias_and_in_the_bytes_it_says(kind):
+    generator = torch.Generator().manual_seed(0)
+    total, exact = Sum(300, 512, kind, "cpu"), torch.zeros(300, 512)
+    for i in range(32):
+        left, right = (torch.randn(20, n, generator=generator) for n in (300, 512))
+        total.add_(left, right, random_key(i))
+        exact += left.T @ right
+    error = total.value() - exact
+    bound, width = {"float32": (1e-6, 4), "bfloat16": (0.01, 2), "int8": (0.08, 1)}[kind]
+    assert error.norm() < bound * exact.norm() and abs(error.mean()) < 3 * error.std() / error.numel() ** 0.5 + 1e-6
+    held = total.codes if kind == "int8" else (total.total,)
+    assert sum(t.nbytes for t in held) == exact.numel() * width + (300 * 2 * 8 if kind == "int8" else 0)
+
+
+@pytest.mark.parametrize("kind", ["factored", "8bit", "float32"])
+def test_at_a_refresh_moments_are_kept_reset_or_rotated(kind):
+    generator = torch.Generator().manual_seed(0)
+    randn = partial(torch.randn, generator=generator)
+    old, turn = torch.linalg.qr(randn(128, 64))[0], torch.linalg.qr(randn(64, 64))[0]
+    new, gradients = old @ turn, [randn(256, 128) * torch.arange(1, 129) for _ in range(30)]  # one subspace, two bases
+    steps = {}
+    for how in ("keep", "reset", "rotate", "born in the new basis"):
+        moments = Moments((256, 64), kind)
+        for i, g in enumerate(gradients):
+            if i == 29 and how in ("keep", "reset", "rotate"):
+                moments.turn_(how, old.T @ new)
+            basis = new if how == "born in the new basis" or i == 29 else old
+            step = (g @ basis).contiguous()
+            moments.step_(step, (0.9, 0.999), 1e-8, key=i)
+        steps[how] = step @ basis.T
+    away = {how: ((step - steps["born in the new basis"]).norm() / step.norm()).item() for how, step in steps.items()}
+    assert away["rotate"] < 0.5 < min(away["keep"], away["reset"])
+    once = (gradients[29] @ new).contiguous()
+    Moments((256, 64), kind).step_(once, (0.9, 0.999), 1e-8)
+    assert (steps["reset"] - once @ new.T).norm() < 0.02 * steps["reset"].norm()
+
+
+def test_deferred_weights_that_nobody_stepped_are_an_error():
+    model = nn.Sequential(QLinear(24, 24))
+    optimizer = QGaLore(model, rank=4, grad_clip=1.0)
+    for accumulating in (True, False, True, False):
+        optimizer.accumulating = accumulating
+        model(torch.randn(8, 24)).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"call step\(\)"):
+        model(torch.randn(8, 24)).square().mean().backward()
 
 
 @pytest.mark.parametrize("moments", ["factored", "8bit"])
@@ -1286,15 +1359,42 @@ def test_damaged_foreign_and_misshapen_checkpoints_are_refused_and_never_run(sha
     for content in (whole[: len(whole) // 2], b"", b"hello", pickle.dumps(Malice())):
         open("ckpt.pt", "wb").write(content)
         with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
-            train.load_checkpoint("ckpt.pt", config)
+            train.load_checkpoint("", config)
     for content in ({"a": 1}, [1], {"model": Malice()}):
         torch.save(content, "ckpt.pt")
         with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
-            train.load_checkpoint("ckpt.pt", config)
+            train.load_checkpoint("", config)
     one_line_error(run("sample.py", f"--out_dir={tmp_path}"), "ckpt.pt")
     assert not os.path.exists("malice")
     assert run(*args)[0] == 0  # from scratch: what was there is set aside
     assert os.path.exists("previous_ckpt.pt")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(shards, tmp_path):
+    args = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--eval_interval=2"]
+    assert run(*args, "--max_iters=8", "--keep_checkpoints=3")[0] == 0
+    names = ["ckpt.pt", "ckpt-1.pt", "ckpt-2.pt"]
+    assert sorted(glob.glob("ckpt*", root_dir=tmp_path)) == sorted(names)
+    states = [torch.load(tmp_path / name, weights_only=True) for name in names]
+    assert [state["iter"] for state in states] == [8, 6, 4]
+    whole = read_log(tmp_path)
+    with open(tmp_path / "ckpt.pt", "r+b") as f:  # one bit, in the middle of the weights
+        f.seek(os.path.getsize(tmp_path / "ckpt.pt") // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 1]))
+    code, out, err = run(*args, "--max_iters=8", "--init_from=resume", "--keep_checkpoints=3")
+    assert code == 0 and "ckpt.pt is damaged" in out and "going back" in out, err
+    assert read_log(tmp_path) == whole
+    again = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert again["iter"] == 8 and all(torch.equal(t, again["model"][name]) for name, t in states[0]["model"].items())
+
+
+def test_max_minutes_saves_and_leaves(shards, tmp_path):
+    args = [f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--eval_interval=100000"]
+    code, out, err = run("train.py", *args, "--max_iters=100000", "--decay_lr=False", "--max_minutes=0.01")
+    assert code == 0 and "max_minutes: saved step" in out, err
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter"] >= 1
 
 
 def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(shards, tmp_path):
@@ -1336,6 +1436,159 @@ def test_each_window_comes_once_an_epoch_in_a_new_order_and_the_position_is_all_
     again = windows()
     again.position = data.total + 7
     assert [again.batch(1)[0].numpy().tobytes() for _ in range(5)] == epochs[1][7:12]
+
+
+# -----------------------------------------------------------------------------
+# parallel.py: ranks, as forked processes
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Job:
+    """A process for each function, with the environment that torchrun would give it, size ranks in all; each has its
+    output in a file."""
+
+    def __init__(self, folder, *functions, size=None, **env):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, port, self.processes = folder, free_port(), []
+        for rank, function in enumerate(functions):
+            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size or len(functions),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | env
+            process = torch.multiprocessing.get_context("fork").Process(target=self._run, args=(rank, function, given))
+            process.start()
+            self.processes.append(process)
+
+    def _run(self, rank, function, env):
+        os.setsid()
+        for fd, name in ((1, "out"), (2, "err")):
+            file = os.open(f"{self.folder}/{rank}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(file, fd)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        os.environ.update({key: str(value) for key, value in env.items() if value is not None})
+        torch.set_num_threads(1)
+        function()
+
+    def wait(self, timeout=120):
+        """[(exit code, stdout, stderr)] by rank."""
+        deadline, results = time.monotonic() + timeout, []
+        for rank, process in enumerate(self.processes):
+            process.join(max(0, deadline - time.monotonic()))
+            assert process.exitcode is not None, f"rank {rank} hangs"
+            texts = [open(f"{self.folder}/{rank}.{name}").read() for name in ("out", "err")]
+            results.append((process.exitcode, *texts))
+        return results
+
+
+def trains(*args):
+    """A rank's function: train.py with these arguments."""
+
+    def main():
+        sys.argv = ["train.py", *map(str, args)]
+        train.main()
+
+    return main
+
+
+def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_number(shards, tmp_path):
+    args = [f"--data_dir={shards}", *TINY_RUN, "--gradient_accumulation_steps=4", "--accumulation=float32",
+            "--grad_clip=0.5", "--eval_interval=12", "--weight_bits=16", "--proj_bits=16", "--moments=float32",
+            "--adam_eps=1e-5", "--learning_rate=0.003"]
+    losses, position = [], None
+    for size in (1, 2):
+        out_dir = f"{tmp_path}/{size}"
+        (code, out, err), *_ = Job(out_dir, *[trains(*args, f"--out_dir={out_dir}", "--max_iters=12", "--decay_lr=False")
+                                              for _ in range(size)]).wait()
+        assert code == 0, err
+        (code, out, err), *_ = Job(out_dir, *[trains(*args, f"--out_dir={out_dir}", "--max_iters=24", "--decay_lr=False",
+                                                     "--init_from=resume") for _ in range({1: 1, 2: 4}[size])]).wait()
+        assert code == 0, err
+        losses.append(read_log(out_dir))
+        position = torch.load(f"{out_dir}/ckpt.pt", weights_only=True)["position"]
+        assert position == 24 * 4 * 4
+    assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 24 + 3
+    for key, loss in losses[0].items():
+        assert losses[1][key] == pytest.approx(loss, rel=1e-5), key
+    with open(f"{tmp_path}/2/log.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    c = json.load(open(f"{tmp_path}/2/config.json"))
+    d, ffn, r = c["n_embd"], c["ffn_dim"], c["rank"]
+    dense = 2 * 257 * d + (2 * c["n_layer"] + 1) * d
+    low_rank = c["n_layer"] * (4 * d * r + 3 * ffn * r)
+    sent = [line["sent_mb"] for line in lines if "sent_mb" in line]
+    assert min(sent) == pytest.approx(4 * (low_rank + dense) / 1e6)  # a step without a refresh, in float32
+
+
+def test_each_rank_reads_its_own_windows_and_all_together_what_one_would(shards):
+    reader = lambda: train.Windows(f"{shards}/*_train_*.bin", 32, 257, seed=5)
+    whole, ranks = reader(), [reader() for _ in range(3)]
+    for _ in range(100):  # epochs and shards end in between
+        expected = [whole.batch(2)[0] for _ in range(3)]
+        for rank, (windows, batch) in enumerate(zip(ranks, expected)):
+            assert torch.equal(windows.batch(2, rank, 3)[0], batch)
+    assert whole.position > whole.total and {windows.position for windows in ranks} == {whole.position}
+
+
+def test_when_a_rank_dies_the_other_says_so_and_the_checkpoint_resumes_bit_for_bit(shards, tmp_path):
+    args = [f"--data_dir={shards}", *TINY_RUN, "--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=5",
+            "--rank_timeout=30"]
+    whole, broken, rng = f"{tmp_path}/whole", f"{tmp_path}/broken", random.Random(0)
+    assert Job(whole, *[trains(*args, f"--out_dir={whole}")] * 2).wait()[0][0] == 0
+    for kill in (0, 1, None):
+        function = trains(*args, f"--out_dir={broken}", f"--init_from={'resume' if kill != 0 else 'scratch'}")
+        job = Job(broken, function, function)
+        if kill is not None:
+            last = lambda: max((it for it, _ in read_log(broken)), default=0) if glob.glob(f"{broken}/log.jsonl") else 0
+            while last() < 15 * (kill + 1) and job.processes[0].is_alive():
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.2)
+            os.kill(job.processes[kill].pid, signal.SIGKILL)
+            result = job.wait(60)
+            assert result[kill][0] == -signal.SIGKILL
+            one_line_error(result[1 - kill], "has lost another rank", "checkpoint")
+    assert [code for code, _, err in job.wait()] == [0, 0]
+    assert read_log(broken) == read_log(whole)
+    a, b = (torch.load(f"{d}/ckpt.pt", weights_only=True)["model"] for d in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_job_that_cannot_start_is_one_line_on_every_rank(shards, tmp_path):
+    def job(*functions, **env):
+        job.count += 1
+        return Job(f"{tmp_path}/{job.count}", *functions, **env).wait(60)
+
+    job.count = 0
+    args = [f"--data_dir={shards}", f"--out_dir={tmp_path}/out", *TINY_RUN, "--max_iters=2", "--rank_timeout=3"]
+    for result in job(trains(*args), trains(*args, "--learning_rate=0.5")):  # different settings
+        one_line_error(result, "rank 1 has learning_rate = 0.5", "rank 0 has 0.01")
+    for result in job(trains(*args), trains(*args)):  # one micro-batch for two ranks
+        one_line_error(result, "gradient_accumulation_steps = 1", "multiple of 2")
+    for result in job(trains(*args), MASTER_ADDR=None):  # no rendezvous
+        one_line_error(result, "MASTER_ADDR not set")
+    for result in job(trains(*args), size=2):  # a rank that does not come
+        one_line_error(result, "rank 0:")
+    for result in job(*[partial(Ranks, "cpu", {"device": device}, 3.0) for device in ("cuda", "cpu")]):
+        one_line_error(result, "rank 1 has device = 'cpu', rank 0 has 'cuda'")
+    assert not os.path.exists(f"{tmp_path}/out/log.jsonl")
+
+
+def test_ranks_that_come_to_differ_are_found_and_the_layer_is_named(tmp_path):
+    def work():
+        ranks = Ranks("cpu", {}, 30.0)
+        torch.manual_seed(0)
+        model = LLaMA(tiny())
+        ranks.check_identical(model.state_dict(), "at the start")
+        if ranks.rank == 1:
+            model.blocks[1].mlp.up_proj.q[3, 5] ^= 1
+        print("they were alike")
+        ranks.check_identical(model.state_dict(), "at step 7")
+
+    for result in Job(tmp_path, work, work).wait(60):
+        assert "they were alike" in result[1]
+        one_line_error(result, "ranks differ at step 7", "1 of", "first in blocks.1.mlp.up_proj.q")
 
 
 # -----------------------------------------------------------------------------
