@@ -1493,10 +1493,13 @@ def trains(*args):
     return main
 
 
-def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_number(shards, tmp_path):
-    args = [f"--data_dir={shards}", *TINY_RUN, "--gradient_accumulation_steps=4", "--accumulation=float32",
+def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_number(tmp_path):
+    text = np.fromfile(__file__, dtype=np.uint8)  # in the other tests' eight words Adam makes rounding errors grow
+    for split, part in (("train", text[:-9000]), ("val", text[-9000:])):
+        write_shard(f"{tmp_path}/text_{split}_00000.bin", part, 257)
+    args = [f"--data_dir={tmp_path}", *TINY_RUN, "--gradient_accumulation_steps=4", "--accumulation=float32",
             "--grad_clip=0.5", "--eval_interval=12", "--weight_bits=16", "--proj_bits=16", "--moments=float32",
-            "--adam_eps=1e-5", "--learning_rate=0.003"]
+            "--learning_rate=0.001"]
     losses, position = [], None
     for size in (1, 2):
         out_dir = f"{tmp_path}/{size}"
@@ -1511,7 +1514,7 @@ def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_numbe
         assert position == 24 * 4 * 4
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 24 + 3
     for key, loss in losses[0].items():
-        assert losses[1][key] == pytest.approx(loss, rel=5e-4), key  # Adam enlarges rounding, in a text of eight words
+        assert losses[1][key] == pytest.approx(loss, rel=2e-5), key
     with open(f"{tmp_path}/2/log.jsonl") as f:
         lines = [json.loads(line) for line in f]
     c = json.load(open(f"{tmp_path}/2/config.json"))
