@@ -186,8 +186,8 @@ class QGaLore:
     counts it.
 
     grad_clip: if positive, the norm that all gradients together are scaled down to (of low-rank gradients, where
-    projected). With accumulation it is the step's own: weights wait for step(). Without, a weight steps before the
-    norms of later ones are known, and takes those of the step before.
+    projected). With accumulation or several ranks it is the step's own: weights wait for step(). Else a weight steps
+    before the norms of later ones are known, and takes those of the step before.
     """
 
     def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, gap=200, scale=0.25,
@@ -302,7 +302,7 @@ class QGaLore:
         self.skipped += ~ok
         self.norms[self.places[name]] = norm.where(ok, 0)
         grad.masked_fill_(~ok, 0)
-        if self.grad_clip and self.accumulated:
+        if self.grad_clip and (self.accumulated or self.ranks.size > 1):
             kept = keep(grad)
             self.held[name] = [lambda: move(self._clip_(kept()))]
         else:
