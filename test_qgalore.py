@@ -1522,7 +1522,7 @@ def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_numbe
     dense = 2 * 257 * d + (2 * c["n_layer"] + 1) * d
     low_rank = c["n_layer"] * (4 * d * r + 3 * ffn * r)
     sent = [line["sent_mb"] for line in lines if "sent_mb" in line]
-    assert min(sent) == pytest.approx(4 * (low_rank + dense) / 1e6)  # a step without a refresh, in float32
+    assert min(sent[1:]) == pytest.approx(4 * (low_rank + dense) / 1e6)  # of a step without a refresh, in float32
 
 
 def test_each_rank_reads_its_own_windows_and_all_together_what_one_would(shards):
