@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moments import bitsandbytes
+
 GIB = 2**30
 
 
@@ -47,6 +49,8 @@ def memory_plan(settings, build, weight_dtype, dtype):
     live, plan = Live(), {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, settings["gradient_accumulation_steps"])
+    if "8bit" in (settings["moments"], settings["method"][-4:]):
+        bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model, optimizer = build(settings, "cpu", weight_dtype)
         plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

@@ -73,7 +73,8 @@ class Moments:
             for g, m, v, m_max, v_max in zip(*flat, *maxima):
                 minus_n = torch.zeros_like(g)
                 bitsandbytes()[0].optimizer_update_8bit_blockwise(
-                    "adam", g, minus_n, m, v, *betas, 0.0, 0.0, eps, self.age, 1.0, self.m_codes, self.v_codes, m_max, v_max)
+                    "adam", g, minus_n, m, v, *betas, 0.0, 0.0, eps, self.age, 1.0, self.m_codes, self.v_codes,
+                    m_max, v_max)
                 torch.neg(minus_n, out=g)
         else:
             self.m.lerp_(g.float(), 1 - betas[0])
@@ -83,8 +84,8 @@ class Moments:
 
     def turn_(self, how, overlap):
         """Follow the projection to a new basis: "keep" the moments as they are, "reset" them, or "rotate" them into it
-        by overlap = old^T new (rank, rank). A second moment rotates by the squares, as if the entries of a row of R were
-        not correlated; what is new in the new basis takes the row's mean."""
+        by overlap = old^T new (rank, rank). A second moment rotates by the squares, as if a row's entries were not
+        correlated; what is new in the new basis takes the row's mean."""
         if how == "reset":
             self.age = 0
             for name in ("m", "v", "m_scale", "m_zero", "m_max", "v_max", "row", "col"):
@@ -116,6 +117,7 @@ class Sum:
     def __init__(self, rows, cols, kind, device):
         zeros = partial(torch.zeros, device=device)
         if kind == "int8":
+            self.finite = torch.ones((), dtype=torch.bool, device=device)  # INT8 has no NaN
             self.codes = zeros(rows, cols, dtype=torch.int8), *zeros(2, rows, -(-cols // GROUP_SIZE))
         else:
             self.total = zeros(rows, cols, dtype=getattr(torch, kind))
@@ -125,6 +127,7 @@ class Sum:
         """self += left^T right, left (T, rows), right (T, cols)."""
         self.added += 1
         if self.kind == "int8":
+            self.finite &= (left.sum() + right.sum()).isfinite()
             add_low_rank_int8_(*self.codes, left.T, right.T, 1.0, key)
         elif self.kind == "bfloat16":
             add_bfloat16_(self.total, left.T @ right, 1.0, key)
@@ -138,5 +141,7 @@ class Sum:
             self.total.copy_(value)
 
     def value(self):
-        """(rows, cols) float32."""
-        return dequantize_int8(*self.codes) if self.kind == "int8" else self.total.float()
+        """(rows, cols) float32; all NaN in "int8" if anything that was added was not finite."""
+        if self.kind == "int8":
+            return dequantize_int8(*self.codes).masked_fill_(~self.finite, torch.nan)
+        return self.total.float()

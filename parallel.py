@@ -6,8 +6,9 @@ what they find.
 
 Every rank holds all weights, bases and moments, reads its own sequences, and makes the same step. It can, because all
 that the step depends on is the same everywhere: the summed low-rank gradient, and random numbers that are hashed from
-seed, weight and step. No rank sends a weight, nor a gradient of a weight's size: at r = d/4 a quarter of it, and at a
-refresh the sketch that the next basis is made of. Sums travel while backward goes on to the next layer.
+seed, weight and step. No rank sends a weight, nor (but with proj_svd) a gradient of a weight's size: at r = d/4 a
+quarter of it, and at a refresh the sketch that the next basis is made of. Sums travel while backward goes on to the
+next layer.
 
 torch.distributed does the sending: NCCL between GPUs, gloo between CPUs, and for the few numbers that hosts exchange.
 """
@@ -32,10 +33,11 @@ class Ranks:
     """The processes of one job. Ranks() is a job of this process alone, where every sum is what it was.
 
     device: "cuda" or "cpu". facts: {what: value} that must be the same on every rank, else each leaves with one line;
-    None: do not look for others. timeout: seconds that any rank is waited for, at the start and later.
+    None: do not look for others. timeout: seconds that any rank is waited for, at the start and later. micro_batches:
+    those of a step, which must divide among the ranks.
     """
 
-    def __init__(self, device="cpu", facts=None, timeout=600.0):
+    def __init__(self, device="cpu", facts=None, timeout=600.0, micro_batches=0):
         self.rank, self.size, self.sent, self.device = 0, 1, 0, device
         self.flying, self.agreements = deque(), 0
         missing = [name for name in TORCHRUN if name not in os.environ]
@@ -45,6 +47,9 @@ class Ranks:
             raise SystemExit(f"error: {', '.join(missing)} not set, {TORCHRUN[0]} or others are: start with torchrun")
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local, seconds = int(os.environ["LOCAL_RANK"]), timedelta(seconds=timeout)
+        if micro_batches % self.size:
+            raise SystemExit(f"error: gradient_accumulation_steps = {micro_batches} micro-batches do not divide among "
+                             f"{self.size} ranks: set a multiple of {self.size}")
         self.host = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
             self.store = next(dist.rendezvous("env://", timeout=seconds))[0]

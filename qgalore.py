@@ -179,11 +179,11 @@ class QGaLore:
 
     lr: of ordinary parameters; projected weights move at lr * scale. rank: of the projections, clamped to a weight's
     smaller side. gap: steps between refreshes; it doubles where the mean similarity of the last k reaches threshold
-    (a threshold over 1 keeps it fixed). proj_bits: 4, 8 or 16 (not quantised). moments, moments_at_refresh: see Moments.
-    stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch. accumulation: what
-    low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad. ranks: see
-    parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero; pop_stats()
-    counts it.
+    (a threshold over 1 keeps it fixed). proj_bits: 4, 8 or 16 (not quantised). moments, moments_at_refresh: see
+    Moments. stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
+    accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad.
+    ranks: see parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero;
+    pop_stats() counts it.
 
     grad_clip: if positive, the norm that all gradients together are scaled down to (of low-rank gradients, where
     projected). With accumulation or several ranks it is the step's own: weights wait for step(). Else a weight steps
@@ -204,7 +204,7 @@ class QGaLore:
         self.moments_at_refresh = moments_at_refresh
         self.accumulating = self.accumulated = False  # now; in this step
         self.ranks = ranks or Ranks()
-        self.steps, self.moments, self.projections = {}, {}, {}  # by the weight's name
+        self.moments, self.projections = {}, {}  # by the weight's name
         self.sums, self.held = {}, {}  # micro-batches' sums by (name, what); what waits for step(), by name
         self.device = next(t.device for ts in (model.parameters(), model.buffers()) for t in ts)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -879,6 +880,21 @@ def test_gradients_with_fewer_directions_than_the_rank_never_fail():
             assert p.isfinite().all() and (p.T @ p - torch.eye(16)).abs().max() < 0.2  # INT4's error
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_micro_batch_that_is_not_finite_makes_the_step_s_gradient_count_as_zero(kind):
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    optimizer = QGaLore(model, rank=8, accumulation=kind)
+    run_steps(model, optimizer, 2)
+    before = {name: m.float_weight() for name, m in model.named_modules() if isinstance(m, QLinear)}
+    optimizer.pop_stats(), [m.turn_("reset", None) for m in optimizer.moments.values()]  # no momentum
+    for factor, optimizer.accumulating in ((1.0, True), (float("inf"), True), (1.0, False)):
+        (factor * model(*tokens())).backward()
+    assert optimizer.pop_stats()["skipped"] == len(optimizer.projections) + sum(1 for _ in model.parameters())
+    for name, weight in before.items():  # quantised again, unmoved
+        torch.testing.assert_close(model.get_submodule(name).float_weight(), weight, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_counts_as_zero_is_reported_and_training_goes_on(poison):
     states = []
@@ -1130,8 +1146,63 @@ def script(name, *args, **popen):
                             stderr=subprocess.PIPE, text=True, **popen)
 
 
-def run(name, *args, **popen):
-    process = script(name, *args, **popen)
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Job:
+    """A fork of this process for each function: nothing is imported again. They have the environment that torchrun
+    would give, of `size` ranks (0: none), and their output goes to files."""
+
+    def __init__(self, folder, *functions, size=None, **env):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, port, self.processes = folder, free_port(), []
+        for rank, function in enumerate(functions):
+            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size or len(functions),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | env if size != 0 else {}
+            process = torch.multiprocessing.get_context("fork").Process(target=self._run, args=(rank, function, given))
+            process.start()
+            self.processes.append(process)
+
+    def _run(self, rank, function, env):
+        os.setsid()
+        for fd, name in ((1, "out"), (2, "err")):
+            file = os.open(f"{self.folder}/{rank}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(file, fd)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        os.environ.update({key: str(value) for key, value in env.items() if value is not None})
+        torch.set_num_threads(1)
+        function()
+
+    def wait(self, timeout=120):
+        """[(exit code, stdout, stderr)] by rank."""
+        deadline, results = time.monotonic() + timeout, []
+        for rank, process in enumerate(self.processes):
+            process.join(max(0, deadline - time.monotonic()))
+            assert process.exitcode is not None, f"rank {rank} hangs"
+            texts = [open(f"{self.folder}/{rank}.{name}").read() for name in ("out", "err")]
+            results.append((process.exitcode, *texts))
+        return results
+
+
+def trains(*args):
+    """A rank's function: train.py with these arguments."""
+
+    def main():
+        sys.argv = ["train.py", *map(str, args)]
+        train.main()
+
+    return main
+
+
+def run(name, *args, before=lambda: None):
+    """(exit code, stdout, stderr) of a script; before(): what its process does first."""
+    if name == "train.py":
+        with tempfile.TemporaryDirectory() as folder:
+            return Job(folder, lambda: (before(), trains(*args)()), size=0).wait()[0]
+    process = script(name, *args, preexec_fn=before)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
@@ -1208,7 +1279,7 @@ def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tm
     assert peak[:2] == pytest.approx([0.01 / 3, 0.02 / 3]) and peak[2] == pytest.approx(0.01)
     assert all(a > b for a, b in zip(peak[2:], peak[3:])) and peak[-1] == pytest.approx(0.001, rel=0.05)
     assert lines[-1]["tokens"] == 40 * 4 * 32
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(tmp_path)) == ["ckpt-1.pt", "ckpt.pt", "config.json", "log.jsonl", "loss.png"]
     code, out, err = run(
         "sample.py", f"--out_dir={tmp_path}", "--prompt=the wei", "--max_new_tokens=20", "--device=cpu"
     )
@@ -1262,10 +1333,13 @@ def test_on_a_gpu_a_step_takes_the_planned_memory_and_waits_for_nothing():
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(plan, rel=0.05, abs=workspace)
 
 
-def test_llama_7b_is_planned_for_a_12_gb_card():
-    code, out, err = run("train.py", "config/llama_7b.py", "--dry_run=True", cwd=HERE)
-    assert code == 0, err
-    assert float(next(line.split()[1] for line in out.splitlines() if line.startswith("total"))) <= 11.5
+def test_llama_7b_is_planned_for_a_16_gb_card_and_without_accumulation_for_a_12_gb_card():
+    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
+    config = configure(settings, [f"{HERE}/config/llama_7b.py", "--n_kv_head=32"])
+    assert config["batch_size"] * config["gradient_accumulation_steps"] == 512
+    plan = memory_plan(config, train.build, torch.bfloat16, torch.bfloat16)
+    assert sum(plan.values()) / 2**30 <= 13.1
+    assert (sum(plan.values()) - plan["sums of micro-batches"]) / 2**30 <= 11.5
 
 
 def one_line_error(result, *words):
@@ -1276,10 +1350,10 @@ def one_line_error(result, *words):
 
 
 def test_a_run_that_does_not_fit_says_so_before_it_allocates_and_a_dry_run_says_why(tmp_path):
-    args = ["config/llama_60m.py", "--device=cpu", "--batch_size=65536", f"--out_dir={tmp_path}/out"]
-    one_line_error(run("train.py", *args, cwd=HERE), "activations", "batch_size", "GiB")
+    args = [f"{HERE}/config/llama_60m.py", "--device=cpu", "--batch_size=65536", f"--out_dir={tmp_path}/out"]
+    one_line_error(run("train.py", *args), "activations", "batch_size", "GiB")
     assert not os.path.exists(f"{tmp_path}/out")
-    code, out, err = run("train.py", *args, "--dry_run=True", cwd=HERE)
+    code, out, err = run("train.py", *args, "--dry_run=True")
     assert code == 0 and "NOT enough" in out and "projections" in out
 
 
@@ -1402,7 +1476,7 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(shards, tmp_pa
     assert run(*args, "--max_iters=2")[0] == 0
     good = open(f"{tmp_path}/ckpt.pt", "rb").read()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)
-    one_line_error(run(*args, "--max_iters=8", "--init_from=resume", preexec_fn=limit), "ckpt.pt", "is whole")
+    one_line_error(run(*args, "--max_iters=8", "--init_from=resume", before=limit), "ckpt.pt", "is whole")
     assert open(f"{tmp_path}/ckpt.pt", "rb").read() == good and not os.path.exists(f"{tmp_path}/ckpt.pt.tmp")
     code, out, err = run(*args, "--max_iters=8", "--init_from=resume")
     assert code == 0, err
@@ -1442,57 +1516,6 @@ def test_each_window_comes_once_an_epoch_in_a_new_order_and_the_position_is_all_
 # parallel.py: ranks, as forked processes
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Job:
-    """A process for each function, with the environment that torchrun would give it, size ranks in all; each has its
-    output in a file."""
-
-    def __init__(self, folder, *functions, size=None, **env):
-        os.makedirs(folder, exist_ok=True)
-        self.folder, port, self.processes = folder, free_port(), []
-        for rank, function in enumerate(functions):
-            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size or len(functions),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | env
-            process = torch.multiprocessing.get_context("fork").Process(target=self._run, args=(rank, function, given))
-            process.start()
-            self.processes.append(process)
-
-    def _run(self, rank, function, env):
-        os.setsid()
-        for fd, name in ((1, "out"), (2, "err")):
-            file = os.open(f"{self.folder}/{rank}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            os.dup2(file, fd)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-        os.environ.update({key: str(value) for key, value in env.items() if value is not None})
-        torch.set_num_threads(1)
-        function()
-
-    def wait(self, timeout=120):
-        """[(exit code, stdout, stderr)] by rank."""
-        deadline, results = time.monotonic() + timeout, []
-        for rank, process in enumerate(self.processes):
-            process.join(max(0, deadline - time.monotonic()))
-            assert process.exitcode is not None, f"rank {rank} hangs"
-            texts = [open(f"{self.folder}/{rank}.{name}").read() for name in ("out", "err")]
-            results.append((process.exitcode, *texts))
-        return results
-
-
-def trains(*args):
-    """A rank's function: train.py with these arguments."""
-
-    def main():
-        sys.argv = ["train.py", *map(str, args)]
-        train.main()
-
-    return main
-
-
 def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_number(tmp_path):
     text = np.fromfile(__file__, dtype=np.uint8)  # in the other tests' eight words Adam makes rounding errors grow
     for split, part in (("train", text[:-9000]), ("val", text[-9000:])):
@@ -1503,12 +1526,10 @@ def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_numbe
     losses, position = [], None
     for size in (1, 2):
         out_dir = f"{tmp_path}/{size}"
-        (code, out, err), *_ = Job(out_dir, *[trains(*args, f"--out_dir={out_dir}", "--max_iters=12", "--decay_lr=False")
-                                              for _ in range(size)]).wait()
-        assert code == 0, err
-        (code, out, err), *_ = Job(out_dir, *[trains(*args, f"--out_dir={out_dir}", "--max_iters=24", "--decay_lr=False",
-                                                     "--init_from=resume") for _ in range({1: 1, 2: 4}[size])]).wait()
-        assert code == 0, err
+        for ranks, more in ((size, ["--max_iters=12"]), (size**2, ["--max_iters=24", "--init_from=resume"])):
+            rank = trains(*args, f"--out_dir={out_dir}", "--decay_lr=False", *more)
+            (code, out, err), *_ = Job(out_dir, *[rank] * ranks).wait()
+            assert code == 0, err
         losses.append(read_log(out_dir))
         position = torch.load(f"{out_dir}/ckpt.pt", weights_only=True)["position"]
         assert position == 24 * 4 * 4
@@ -1936,6 +1957,6 @@ def test_the_refresh_study_finds_what_svd_keeps_and_a_contender_that_is_not_know
     assert {(row["out"], row["in"]) for row in rows} == {(64, 64), (128, 64), (64, 128)}
     for row in rows:
         assert row["refresh_ms"] > 0 and row["svd_ms"] > 0 and 0.5 < row["energy_of_svd"] < 1 + 1e-5
-        assert row["decay"] < 1 or row["energy_of_svd"] > 0.99  # a gradient that decays loses next to nothing
+        assert row["decay"] < 1 or row["energy_of_svd"] > 0.98  # a gradient that decays loses next to nothing
     done = bench("--contenders=qgalor", f"--out_dir={tmp_path}")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "qgalore" in done.stderr

@@ -166,12 +166,10 @@ def main():
     weight_dtype = torch.float32 if method == "adamw" else compute_dtype  # adamw: float32 weights under autocast
 
     # the other ranks, if torchrun started this one
-    ranks = Ranks(kind, None if dry_run else config | {"device": kind, "dtype": name}, rank_timeout)
+    facts = None if dry_run else config | {"device": kind, "dtype": name}
+    ranks = Ranks(kind, facts, rank_timeout, gradient_accumulation_steps)
     main_rank = ranks.rank == 0  # the one that writes
-    micro_batches, rest = divmod(gradient_accumulation_steps, ranks.size)
-    if rest:
-        raise SystemExit(f"error: gradient_accumulation_steps = {gradient_accumulation_steps} micro-batches do not "
-                         f"divide among {ranks.size} ranks: set a multiple of {ranks.size}")
+    micro_batches = gradient_accumulation_steps // ranks.size  # of this rank
 
     # memory, before anything is allocated
     try:
