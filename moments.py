@@ -84,30 +84,30 @@ class Moments:
 
     def turn_(self, how, overlap):
         """Follow the projection to a new basis: "keep" the moments as they are, "reset" them, or "rotate" them into it
-        by overlap = old^T new (rank, rank). A second moment rotates by the squares, as if a row's entries were not
-        correlated; what is new in the new basis takes the row's mean."""
+        by overlap = old^T new (rank, rank). A second moment rotates by the squares, as if the entries of a column were
+        not correlated; what is new in the new basis takes the column's mean. The tensor's rows follow the basis."""
         if how == "reset":
             self.age = 0
             for name in ("m", "v", "m_scale", "m_zero", "m_max", "v_max", "row", "col"):
                 if name in vars(self):
                     getattr(self, name).zero_()
         elif how == "rotate":
-            squares = overlap.square()
-            rotated = lambda v: v @ squares + (1 - squares.sum(dim=0)).clamp_(min=0) * v.mean(dim=-1, keepdim=True)
+            squares = overlap.T.square()
+            rotated = lambda v: squares @ v + (1 - squares.sum(dim=1, keepdim=True)).clamp_(min=0) * v.mean(dim=0)
             if self.kind == "factored":
-                m = dequantize_int8(self.m, self.m_scale, self.m_zero) @ overlap
+                m = overlap.T @ dequantize_int8(self.m, self.m_scale, self.m_zero)
                 self.m, self.m_scale, self.m_zero = quantize_int8(m)
-                self.col = rotated(self.col)
+                self.row = rotated(self.row[:, None])[:, 0]
             elif self.kind == "8bit":
                 bnb = bitsandbytes()[0]
                 decode = lambda q, top, codes: bnb.dequantize_blockwise(q, absmax=top, code=codes, blocksize=256)
-                m = decode(self.m, self.m_max, self.m_codes) @ overlap
+                m = overlap.T @ decode(self.m, self.m_max, self.m_codes)
                 v = rotated(decode(self.v, self.v_max, self.v_codes))
                 for name, value in (("m", m), ("v", v)):
                     q, state = bnb.quantize_blockwise(value, code=getattr(self, f"{name}_codes"), blocksize=256)
                     setattr(self, name, q), setattr(self, f"{name}_max", state.absmax)
             else:
-                self.m, self.v = self.m @ overlap, rotated(self.v)
+                self.m, self.v = overlap.T @ self.m, rotated(self.v)
 
 
 class Sum:

@@ -4,12 +4,13 @@ Q-GaLore (arXiv 2407.08296): 8-bit Adam on low-rank gradients of INT8 weights, e
 The gradient of W (out x in) over T tokens is G = dy^T x. Take the side of W that is smaller (the input side of a square
 matrix), an orthonormal basis P of r directions of that side, and let Adam see only the gradient within them:
 
-    out >= in:  R = G P      dW = -lr * scale * N P^T          N = Adam(R)
-    out <  in:  R = G^T P    dW = -lr * scale * P N^T
+    out >= in:  R = P^T G^T    dW = -lr * scale * N^T P^T          N = Adam(R)
+    out <  in:  R = P^T G      dW = -lr * scale * P N
 
 G is never formed. With `a` the factor on the projected side (x, or dy) and `b` the other, both cases are one product of
-thin matrices, R = b^T (a P), at r = d/4 two to three times fewer operations than G alone. It is linear in the tokens,
-so micro-batches accumulate in R exactly.
+thin matrices, R = (a P)^T b, at r = d/4 two to three times fewer operations than G alone. It is linear in the tokens,
+so micro-batches and GPUs add up in R exactly. A row of R is one direction of the basis, so that the groups which share
+a scale in INT8 do not mix strong directions with weak ones.
 
 P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has come to rest doubles
 its own gap, and stops paying for refreshes (section 3.2).
@@ -74,9 +75,9 @@ class Projection:
         return (p.contiguous(),) if self.bits == 16 else (quantize_int4 if self.bits == 4 else quantize_int8)(p)
 
     def project(self, x, dy):
-        """(left, right) with left^T right = R (other, rank), from x (T, in) and dy (T, out)."""
+        """(left, right) with left^T right = R (rank, other), from x (T, in) and dy (T, out)."""
         a, b = (x, dy) if self.right else (dy, x)
-        return b, a @ self.matrix(a.dtype)
+        return a @ self.matrix(a.dtype), b
 
     def due(self, step):
         """Whether this step's gradient is to be looked at for a refresh."""
@@ -212,7 +213,7 @@ class QGaLore:
             self.projections[name] = projection = Projection(
                 layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd, (i + 1) / len(layers),
                 self.device)
-            self.moments[name] = Moments((projection.other, projection.rank), moments, self.device)
+            self.moments[name] = Moments((projection.rank, projection.other), moments, self.device)
             layer.hook = partial(self._look_at_layer, name)
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -261,7 +262,7 @@ class QGaLore:
             lr, projection = self.param_groups[0]["lr"], self.projections[name]
             self.moments[name].step_(r, self.betas, self.eps, random_key(self.seed, name, step, "moment"))
             delta, basis = r.mul_(-lr * self.scale).to(dtype), projection.matrix(dtype)
-            left, right = (delta, basis) if projection.right else (basis, delta)
+            left, right = (delta.T, basis) if projection.right else (basis, delta.T)
             key = random_key(self.seed, name, step) if self.stochastic_rounding else None
             layer.add_low_rank_(left, right, 1 - lr * self.weight_decay, key)
 

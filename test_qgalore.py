@@ -754,7 +754,7 @@ def test_the_factored_gradient_is_the_projected_gradient(shape):
     projection = Projection(out, n_in, rank=8, bits=16)
     refresh(projection, x, dy)
     gradient, p = dy.T @ x, projection.matrix()
-    expected = gradient @ p if out >= n_in else gradient.T @ p
+    expected = p.T @ gradient.T if out >= n_in else p.T @ gradient
     torch.testing.assert_close(low_rank_gradient(projection, x, dy), expected)
     torch.testing.assert_close(p.T @ p, torch.eye(8), atol=1e-5, rtol=0)
 
@@ -1057,19 +1057,19 @@ def test_at_a_refresh_moments_are_kept_reset_or_rotated(kind):
     new, gradients = old @ turn, [randn(256, 128) * torch.arange(1, 129) for _ in range(30)]  # one subspace, two bases
     steps = {}
     for how in ("keep", "reset", "rotate", "born in the new basis"):
-        moments = Moments((256, 64), kind)
+        moments = Moments((64, 256), kind)
         for i, g in enumerate(gradients):
             if i == 29 and how in ("keep", "reset", "rotate"):
                 moments.turn_(how, old.T @ new)
             basis = new if how == "born in the new basis" or i == 29 else old
-            step = (g @ basis).contiguous()
+            step = basis.T @ g.T
             moments.step_(step, (0.9, 0.999), 1e-8, key=i)
-        steps[how] = step @ basis.T
+        steps[how] = basis @ step
     away = {how: ((step - steps["born in the new basis"]).norm() / step.norm()).item() for how, step in steps.items()}
     assert away["rotate"] < 0.5 < min(away["keep"], away["reset"])
-    once = (gradients[29] @ new).contiguous()
-    Moments((256, 64), kind).step_(once, (0.9, 0.999), 1e-8)
-    assert (steps["reset"] - once @ new.T).norm() < 0.02 * steps["reset"].norm()
+    once = new.T @ gradients[29].T
+    Moments((64, 256), kind).step_(once, (0.9, 0.999), 1e-8)
+    assert (steps["reset"] - new @ once).norm() < 0.02 * steps["reset"].norm()
 
 
 def test_deferred_weights_that_nobody_stepped_are_an_error():
@@ -1586,13 +1586,14 @@ def test_a_job_that_cannot_start_is_one_line_on_every_rank(shards, tmp_path):
 
     job.count = 0
     args = [f"--data_dir={shards}", f"--out_dir={tmp_path}/out", *TINY_RUN, "--max_iters=2", "--rank_timeout=3"]
-    for result in job(trains(*args), trains(*args, "--learning_rate=0.5")):  # different settings
+    two = [*args, "--gradient_accumulation_steps=2"]
+    for result in job(trains(*two), trains(*two, "--learning_rate=0.5")):  # different settings
         one_line_error(result, "rank 1 has learning_rate = 0.5", "rank 0 has 0.01")
     for result in job(trains(*args), trains(*args)):  # one micro-batch for two ranks
         one_line_error(result, "gradient_accumulation_steps = 1", "multiple of 2")
     for result in job(trains(*args), MASTER_ADDR=None):  # no rendezvous
         one_line_error(result, "MASTER_ADDR not set")
-    for result in job(trains(*args), size=2):  # a rank that does not come
+    for result in job(trains(*two), size=2):  # a rank that does not come
         one_line_error(result, "rank 0:")
     for result in job(*[partial(Ranks, "cpu", {"device": device}, 3.0) for device in ("cuda", "cpu")]):
         one_line_error(result, "rank 1 has device = 'cpu', rank 0 has 'cuda'")
