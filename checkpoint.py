@@ -5,8 +5,8 @@ torch.save writes one tensor after the other and brings each from the GPU when i
 holds a second copy of the model: at 7B 9.5 GB go to disk, and the largest tensor is 0.4.
 """
 
-import glob
 import os
+import re
 import zipfile
 
 import torch
@@ -20,8 +20,9 @@ SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "
 
 def paths(out_dir):
     """The checkpoints of out_dir, newest first."""
-    found = glob.glob(os.path.join(glob.escape(out_dir), "ckpt*.pt"))
-    return sorted(found, key=lambda path: int("0" + "".join(filter(str.isdigit, os.path.basename(path)))))
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    numbers = {name: int(match[1] or 0) for name in names if (match := re.fullmatch(r"ckpt(?:-(\d+))?\.pt", name))}
+    return [os.path.join(out_dir, name) for name in sorted(numbers, key=numbers.get)]
 
 
 def save_checkpoint(out_dir, checkpoint, keep=1):
@@ -61,11 +62,12 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(out_dir, config):
-    """The newest whole checkpoint of out_dir, of this model and method; exits with one line if there is none."""
+    """The newest whole checkpoint of out_dir, of this model and method, with the paths of newer ones under "damaged".
+    Exits with one line if there is none."""
     candidates = paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")]
     for path in candidates:
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path) | {"damaged": candidates[: candidates.index(path)]}
             break
         except SystemExit as e:
             if path == candidates[-1]:

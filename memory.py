@@ -74,7 +74,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
                 optimizer.sums.clear()
             first = live.now - sum(plan.values())
             due = -(-len(optimizer.projections) // settings["proj_gap"])  # layers that refresh in one step, later
-            for i, projection in enumerate(optimizer.projections.values()):
+            for i, projection in enumerate(sorted(optimizer.projections.values(), key=lambda p: -p.other)):
                 projection.basis = projection.encode(torch.empty(projection.dim, projection.rank))
                 projection.next_refresh = 0 if i < due else 1
             plan["projections"] = live.now - first - sum(plan.values())
@@ -99,12 +99,14 @@ def print_plan(plan, free, device):
 def refuse_what_does_not_fit(plan, free, device):
     """Leave with one line, if free is known: the bytes needed, and the settings to lower."""
     need, largest = sum(plan.values()), max(plan, key=plan.get)
+    if free is not None and need - plan.get("sums of micro-batches", 0) <= free:
+        largest = "sums of micro-batches"
     lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
              "moments": "rank", "projections": "rank",
-             "sums of micro-batches": "rank"}.get(largest, "n_layer or n_embd")
+             "sums of micro-batches": "gradient_accumulation_steps to 1"}.get(largest, "n_layer or n_embd")
     if free is not None and need > free:
         raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "
-                         f"the largest part is {largest}, {plan[largest] / GIB:.2f}: lower {lower} "
+                         f"of which {largest} {plan[largest] / GIB:.2f}: lower {lower} "
                          f"(--dry_run=True lists all)")
 
 

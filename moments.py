@@ -81,7 +81,6 @@ class Moments:
             self.v.lerp_(g.float().square(), 1 - betas[1])
             g.copy_(self.m / (self.v / correction[1]).sqrt_().add_(eps).mul_(correction[0]))
 
-
     def turn_(self, how, overlap):
         """Follow the projection to a new basis: "keep" the moments as they are, "reset" them, or "rotate" them into it
         by overlap = old^T new (rank, rank). A second moment rotates by the squares, as if the entries of a column were
@@ -128,7 +127,7 @@ class Sum:
         self.added += 1
         if self.kind == "int8":
             self.finite &= (left.sum() + right.sum()).isfinite()
-            add_low_rank_int8_(*self.codes, left.T, right.T, 1.0, key)
+            add_low_rank_int8_(*self.codes, left.T.contiguous(), right.T.contiguous(), 1.0, key)
         elif self.kind == "bfloat16":
             add_bfloat16_(self.total, left.T @ right, 1.0, key)
         else:

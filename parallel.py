@@ -17,6 +17,7 @@ import glob
 import hashlib
 import json
 import os
+import sys
 from collections import deque
 from datetime import timedelta
 
@@ -25,7 +26,7 @@ import torch.distributed as dist
 
 from quant import CHUNK, random_key
 
-IN_FLIGHT = 2**26  # bytes of sums on their way at once: 64 MiB, three of a 7B's largest in bfloat16
+IN_FLIGHT = 2**26  # bytes of sums on their way at once: 64 MiB, two of a 7B's largest in bfloat16
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -50,6 +51,8 @@ class Ranks:
         if micro_batches % self.size:
             raise SystemExit(f"error: gradient_accumulation_steps = {micro_batches} micro-batches do not divide among "
                              f"{self.size} ranks: set a multiple of {self.size}")
+        if self.size == 1:
+            return
         self.host = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
             self.store = next(dist.rendezvous("env://", timeout=seconds))[0]
@@ -62,6 +65,7 @@ class Ranks:
                 raise SystemExit(f"error: rank {self.rank} has no GPU: it is the machine's process {local}, counted "
                                  f"from 0, and the machine has {torch.cuda.device_count()}; lower --nproc_per_node")
             torch.cuda.set_device(local)
+            self.agree({"GPU": torch.cuda.get_device_name()})  # others would round otherwise, and drift apart
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         store = dist.PrefixStore("sums", self.store)
         self._waiting(dist.init_process_group, backend, store=store, rank=self.rank, world_size=self.size,
@@ -73,9 +77,10 @@ class Ranks:
             return
         self.agreements += 1
         store = dist.PrefixStore(f"facts {self.agreements}", self.store)
-        store.set(str(self.rank), json.dumps(facts))
         for other in range(self.size):
             try:
+                if other == 0:
+                    store.set(str(self.rank), json.dumps(facts))
                 theirs = json.loads(store.get(str(other)))
             except RuntimeError:
                 raise SystemExit(f"error: rank {self.rank}: rank {other} of {self.size} did not come to {self.host}")
@@ -90,8 +95,8 @@ class Ranks:
 
     def _all_have_seen(self, store):
         """So that the one who keeps the store does not leave with it."""
-        store.set(f"{self.rank} has seen", "")
         try:
+            store.set(f"{self.rank} has seen", "")
             store.wait([f"{other} has seen" for other in range(self.size)])
         except RuntimeError:
             pass
@@ -152,9 +157,15 @@ class Ranks:
         """function(...), where a rank that died or is late is one line."""
         try:
             return function(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as e:  # gloo's, NCCL's and the store's errors are of this kind
-            raise SystemExit(f"error: rank {self.rank} of {self.size} has lost another rank, or it is late: the last "
-                             f"checkpoint resumes the run ({_line(e)})")
+            line = (f"error: rank {self.rank} of {self.size} has lost another rank, or it is late: the last checkpoint "
+                    f"resumes the run ({_line(e)})")
+        if self.device == "cuda":  # where a sum that never ends would keep the process from leaving
+            print(line, file=sys.stderr, flush=True)
+            os._exit(1)
+        raise SystemExit(line)
 
 
 def _hash(value, device):
@@ -182,4 +193,6 @@ def _code():
 
 
 def _line(e):
-    return str(e).partition("\n")[0]
+    """The first and the last line of an error: NCCL gives its reason at the end."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    return " ... ".join(dict.fromkeys([lines[0].partition(". ")[0], lines[-1].partition(". ")[0]]))

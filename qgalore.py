@@ -9,7 +9,7 @@ matrix), an orthonormal basis P of r directions of that side, and let Adam see o
 
 G is never formed. With `a` the factor on the projected side (x, or dy) and `b` the other, both cases are one product of
 thin matrices, R = (a P)^T b, at r = d/4 two to three times fewer operations than G alone. It is linear in the tokens,
-so micro-batches and GPUs add up in R exactly. A row of R is one direction of the basis, so that the groups which share
+so micro-batches and GPUs add up in R. A row of R is one direction of the basis, so that the groups which share
 a scale in INT8 do not mix strong directions with weak ones.
 
 P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has come to rest doubles
@@ -30,7 +30,7 @@ from kernels import dequantize_int4, dequantize_int8
 from model import QLinear
 from moments import ACCUMULATION, AT_REFRESH, MOMENTS, Moments, Sum
 from parallel import Ranks
-from quant import add_bfloat16_, quantize_int4, quantize_int8, random_key, uniform
+from quant import CHUNK, add_bfloat16_, chunks, quantize_int4, quantize_int8, random_key, uniform
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
 SKETCH = 4  # columns of a refresh's sketch, in ranks
@@ -41,10 +41,11 @@ class Projection:
     """The basis of one layer's low-rank gradient, and the schedule by which it is refreshed.
 
     A new basis comes from a sketch of the gradient, Y = G^T Omega (left: G Omega) with SKETCH * rank random columns in
-    Omega. It is linear in G, so the micro-batches and ranks of a step add up in it, in memory of the low-rank size. The
-    range finder (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4) then takes the rank directions of most
-    energy from Y. The step that makes the sketch is still taken in the old basis; the first one moves no weight of the
-    layer, and its sketch has but `rank` columns, as all layers make theirs at once.
+    Omega. It is linear in G, so the micro-batches and ranks of a step add up in it; at r = d/4 it is as large as a
+    square weight's G, but few layers refresh in one step. The range finder (Halko, Martinsson and Tropp, arXiv
+    0909.4061, algorithm 4.4) then takes the rank directions of most energy from Y. The step that makes the sketch is
+    still taken in the old basis; the first one moves no weight of the layer, and its sketch has but `rank` columns, as
+    all layers make theirs at once.
 
     bits: 4, 8 (group-wise codes), or 16: the basis unquantised, in float32. svd: take the exact singular vectors of the
     formed gradient, as the papers do. gap, threshold, k: see QGaLore. phase: the share of the gap after which the first
@@ -90,14 +91,18 @@ class Projection:
         if self.svd:
             return a, b
         width = self.rank * (1 if self.basis is None else SKETCH)
-        omega = uniform(key, 0, self.other * width, x.device).sub_(0.5).view(self.other, width)
-        return a, b @ omega.to(b.dtype)
+        omega, rows = torch.empty(self.other, width, dtype=b.dtype, device=b.device), max(1, CHUNK // width)
+        for i in chunks(b, self.other, rows):
+            part = omega[i : i + rows]
+            part.copy_(uniform(key, i * width, part.numel(), b.device).sub_(0.5).view(part.shape))
+        return a, b @ omega
 
     def turn(self, sketch, step):
         """Take a new basis from a sketch, float32, overwritten. A gradient that is zero or not finite decides nothing:
         the old basis then stays for another gap; the first basis waits for the next step, and is the one that makes the
         host wait for the device. Householder QR completes the basis when the gradient has fewer directions than rank.
-        Returns old^T new, (rank, rank), or None where there was no old basis."""
+        Returns old^T new, (rank, rank), and whether the gradient was of use, () bool; None where there was no old
+        basis."""
         size = sketch.norm()
         ok = size.isfinite() & (size > 0)
         if self.basis is None and not ok:
@@ -110,17 +115,18 @@ class Projection:
             new = torch.linalg.qr(sketch[:, : self.rank])[0]
             for _ in range(POWER_ITERATIONS if sketch.shape[1] > self.rank else 0):
                 new = torch.linalg.qr(sketch @ (sketch.T @ new))[0]
-        codes, overlap = self.encode(new), None
+        codes, found = self.encode(new), None
         if self.basis is None:
             self.basis = codes
         else:
             overlap = (self.matrix().T @ new).where(ok, torch.eye(self.rank, device=new.device))
             self.arriving = Arriving(similarity(overlap, self.dim).where(ok, torch.nan))
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
+            found = overlap, ok
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
         self.last_refresh, self.next_refresh = step, step + gap
         self.refreshes += 1
-        return overlap
+        return found
 
     def _settle(self):
         """Let the last refresh's similarity decide the gap, if it has not; returns the next refresh's step."""
@@ -142,7 +148,7 @@ class Projection:
     def load_state_dict(self, state):
         for name in ("gap", "last_refresh", "next_refresh", "refreshes", "basis"):
             setattr(self, name, state[name])
-        self.similarities.extend(state["similarities"])
+        self.similarities, self.arriving = deque(state["similarities"], self.similarities.maxlen), None
 
 
 class Arriving:
@@ -227,8 +233,6 @@ class QGaLore:
     @torch.no_grad()
     def _look_at_layer(self, name, layer, x, dy):
         projection, step = self.projections[name], self.steps[name]
-        if name in self.held:
-            raise RuntimeError("with accumulation and grad_clip, call step() after the last backward")
         if projection.basis is not None:
             then = partial(self._step_layer, name, step, layer, x.dtype)
             self._gather(name, "gradient", *projection.project(x, dy), then)
@@ -262,7 +266,8 @@ class QGaLore:
             lr, projection = self.param_groups[0]["lr"], self.projections[name]
             self.moments[name].step_(r, self.betas, self.eps, random_key(self.seed, name, step, "moment"))
             delta, basis = r.mul_(-lr * self.scale).to(dtype), projection.matrix(dtype)
-            left, right = (delta.T, basis) if projection.right else (basis, delta.T)
+            delta = delta.T.contiguous()
+            left, right = (delta, basis) if projection.right else (basis, delta)
             key = random_key(self.seed, name, step) if self.stochastic_rounding else None
             layer.add_low_rank_(left, right, 1 - lr * self.weight_decay, key)
 
@@ -298,6 +303,8 @@ class QGaLore:
     def _admit(self, name, grad, move, keep):
         """Note the gradient's norm, let one that is not finite be zero, clip it, and move(grad): at once, or when
         step() knows all norms. keep(grad): a function that then gives grad."""
+        if name in self.held:
+            raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the last backward")
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         ok = norm.isfinite()
         self.skipped += ~ok
@@ -314,9 +321,9 @@ class QGaLore:
 
     def _turn(self, name, step, seen):
         def turn():
-            overlap = self.projections[name].turn(seen, step)
-            if overlap is not None:
-                self.moments[name].turn_(self.moments_at_refresh, overlap)
+            found = self.projections[name].turn(seen, step)
+            if found is not None and (self.moments_at_refresh != "reset" or found[1]):  # "reset" waits for the device
+                self.moments[name].turn_(self.moments_at_refresh, found[0])
 
         if name in self.held:  # the gradient that waits was taken in the old basis
             self.held[name].append(turn)
@@ -351,7 +358,7 @@ class QGaLore:
         }
 
     def load_state_dict(self, state):
-        self.steps, self.norms = dict(state["steps"]), self._here(state["norms"])
+        self.steps, self.norms, self.sums, self.held = dict(state["steps"]), self._here(state["norms"]), {}, {}
         for name, tensors in state["moments"].items():
             vars(self.moments[name]).update({key: self._here(value) for key, value in tensors.items()})
         for name, projection in state["projections"].items():
@@ -359,4 +366,4 @@ class QGaLore:
             self.projections[name].load_state_dict(projection | {"basis": basis})
 
     def _here(self, value):
-        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+        return value.to(self.device, copy=True) if isinstance(value, torch.Tensor) else value

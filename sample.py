@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from checkpoint import read_checkpoint
+from checkpoint import paths, read_checkpoint
 from configurator import configure
 from model import LLaMA
 from prepare_c4 import get_encoding
@@ -41,7 +41,7 @@ def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed
 def main():
     configure(globals(), skip_unknown_in_files=True)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = read_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+    checkpoint = read_checkpoint((paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")])[0])
     config, weights = checkpoint["config"], checkpoint["model"]
     encoding = get_encoding(config["encoding"])
     model = LLaMA.from_settings(config, kind, weights["embed.weight"].dtype)

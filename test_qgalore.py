@@ -1449,6 +1449,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(shards
     assert run(*args, "--max_iters=8", "--keep_checkpoints=3")[0] == 0
     names = ["ckpt.pt", "ckpt-1.pt", "ckpt-2.pt"]
     assert sorted(glob.glob("ckpt*", root_dir=tmp_path)) == sorted(names)
+    shutil.copy(tmp_path / "ckpt-2.pt", tmp_path / "ckpt_best.pt")  # a user's own: never taken
     states = [torch.load(tmp_path / name, weights_only=True) for name in names]
     assert [state["iter"] for state in states] == [8, 6, 4]
     whole = read_log(tmp_path)
@@ -1459,9 +1460,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(shards
         f.write(bytes([byte ^ 1]))
     code, out, err = run(*args, "--max_iters=8", "--init_from=resume", "--keep_checkpoints=3")
     assert code == 0 and "ckpt.pt is damaged" in out and "going back" in out, err
+    assert os.path.exists(tmp_path / "damaged_ckpt.pt")
     assert read_log(tmp_path) == whole
     again = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert again["iter"] == 8 and all(torch.equal(t, again["model"][name]) for name, t in states[0]["model"].items())
+
+
+def test_a_finished_run_that_is_resumed_or_only_evaluated_ends_well(shards, tmp_path):
+    args = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_iters=2"]
+    for more in ([], ["--init_from=resume"], ["--init_from=resume", "--eval_only=True"]):
+        code, out, err = run(*args, *more)
+        assert code == 0 and "--- " in out, err
 
 
 def test_max_minutes_saves_and_leaves(shards, tmp_path):

@@ -26,7 +26,7 @@ from configurator import configure
 from data import Windows
 from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
 from model import LLaMA
-from parallel import Ranks
+from parallel import IN_FLIGHT, Ranks
 from plot import plot_loss, read_log
 from prepare_c4 import get_encoding, prepare, replacing
 from qgalore import ACCUMULATION, AT_REFRESH, MOMENTS, QGaLore
@@ -98,7 +98,7 @@ min_lr = -1.0  # negative = a tenth of learning_rate
 device = "auto"  # cuda where there is one, else cpu
 dtype = "auto"  # bfloat16 where the GPU has it, else float32
 seed = 1337
-rank_timeout = 600.0  # seconds that torchrun's ranks wait for each other
+rank_timeout = 600.0  # seconds that torchrun's ranks wait for each other, and so for a checkpoint to be written
 # -----------------------------------------------------------------------------
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
@@ -173,7 +173,10 @@ def main():
 
     # memory, before anything is allocated
     try:
-        plan = memory_plan(config, build, weight_dtype, compute_dtype)
+        held = gradient_accumulation_steps if grad_clip else micro_batches  # with grad_clip ranks keep all gradients
+        plan = memory_plan(config | {"gradient_accumulation_steps": held}, build, weight_dtype, compute_dtype)
+        if ranks.size > 1:
+            plan["sums in flight"] = 2 * IN_FLIGHT  # as they are sent, and in float32
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     free = memory_free(kind) if have_device else None
@@ -201,7 +204,10 @@ def main():
                 for path in (*paths(out_dir), *glob.glob(glob.escape(log_path))):
                     os.replace(path, os.path.join(out_dir, "previous_" + os.path.basename(path)))
             else:  # drop what was logged after the checkpoint: those steps come again
-                kept = [json.dumps(entry) + "\n" for entry in read_log(log_path) if entry["iter"] < start]
+                for path in checkpoint["damaged"]:
+                    os.replace(path, os.path.join(out_dir, "damaged_" + os.path.basename(path)))
+                log_before = read_log(log_path) if os.path.exists(log_path) else []
+                kept = [json.dumps(entry) + "\n" for entry in log_before if entry["iter"] < start]
                 with replacing(log_path) as f:
                     f.write("".join(kept).encode())
             with replacing(os.path.join(out_dir, "config.json")) as f:
@@ -271,7 +277,7 @@ def main():
             for key, value in entry.items():
                 writer.add_scalar(key, value, entry["iter"])
 
-    stopped = []  # why to stop after this step
+    stopped = []  # the signals that asked us to stop
 
     def stop(number, frame):
         if stopped and ranks.size == 1:
@@ -285,10 +291,9 @@ def main():
     gpu = torch.cuda.get_device_name() if kind == "cuda" else ""
     peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     tokens_per_step = batch_size * block_size * gradient_accumulation_steps
-    bar = tqdm(total=max_iters, initial=start, unit="step", dynamic_ncols=True,
-               disable=None if main_rank else True)
+    bar = tqdm(total=max_iters, initial=start, unit="step", dynamic_ncols=True, disable=None if main_rank else True)
     ranks.check_identical(state(), "at the start")
-    it, val_loss, clock, clock_it = start, None, time.perf_counter(), start
+    it, val_loss, clock, clock_it, late, stopping = start, None, time.perf_counter(), start, False, False
     while True:
         if it % eval_interval == 0 or it >= max_iters or eval_only:
             val_loss = evaluate()
@@ -321,9 +326,8 @@ def main():
             optimizer.zero_grad()
         it += 1
         bar.update()
-        if max_minutes and time.perf_counter() - began > 60 * max_minutes:
-            stopped.append("max_minutes")
-        stopping = ranks.any(stopped)
+        late = max_minutes and time.perf_counter() - began > 60 * max_minutes
+        stopping = ranks.any(stopped or late)
         if (it - 1) % log_interval == 0 or stopping:
             entry = {"iter": it - 1, "loss": ranks.total(loss.item()), "lr": lr}  # a sync point
             entry["tokens"] = it * tokens_per_step
@@ -338,7 +342,7 @@ def main():
             stats = {"grad_norm": norm.item()} if method == "adamw" else optimizer.pop_stats()
             entry.update(stats)
             if peak_flops:
-                entry["mfu"] = entry["tokens_per_s"] * model.flops_per_token() / peak_flops
+                entry["mfu"] = entry["tokens_per_s"] * model.flops_per_token() / (peak_flops * ranks.size)
             log(entry)
             bar.set_postfix(loss=f"{entry['loss']:.3f}", tokens_per_s=f"{entry['tokens_per_s']:.0f}")
         if stopping:
@@ -350,7 +354,7 @@ def main():
         return
     plot_loss(out_dir)
     if stopping:
-        reason = stopped[0] if stopped else "another rank"
+        reason = stopped[0] if stopped else "max_minutes" if late else "another rank"
         print(f"{reason}: saved step {it}; go on with the same command and --init_from=resume")
         return
     if sample_tokens:
@@ -363,4 +367,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("error: stopped at once, without saving: --init_from=resume goes on from the last checkpoint")
+    except OSError as e:  # a full disk, most likely
+        raise SystemExit(f"error: {e}")
