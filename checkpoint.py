@@ -2,7 +2,7 @@
 A run's checkpoints: ckpt.pt is the newest, ckpt-1.pt the one before it, and so on.
 
 torch.save writes one tensor after the other and brings each from the GPU when its turn comes, so that host memory never
-holds a second copy of the model: at 7B 9.5 GB go to disk, and the largest tensor is 0.4.
+holds a second copy of the model: at 7B 10.1 GB go to disk, and the largest tensor is 0.4.
 """
 
 import os

@@ -18,4 +18,4 @@ proj_gap = 500
 learning_rate = 0.004
 max_iters = 150000
 warmup_iters = 15000
-eval_interval = 100  # and a checkpoint of 9.5 GB: a step takes minutes
+eval_interval = 100  # and a checkpoint of 10.1 GB: a step takes minutes
