@@ -6,9 +6,8 @@ what they find.
 
 Every rank holds all weights, bases and moments, reads its own sequences, and makes the same step. It can, because all
 that the step depends on is the same everywhere: the summed low-rank gradient, and random numbers that are hashed from
-seed, weight and step. No rank sends a weight, nor (but with proj_svd) a gradient of a weight's size: at r = d/4 a
-quarter of it, and at a refresh the sketch that the next basis is made of. Sums travel while backward goes on to the
-next layer.
+seed, weight and step. Of a QLinear no rank sends the weight, nor (but with proj_svd) the gradient: at r = d/4 a quarter
+of it, and at a refresh the sketch that the next basis is made of. Sums travel while backward goes on to the next layer.
 
 torch.distributed does the sending: NCCL between GPUs, gloo between CPUs, and for the few numbers that hosts exchange.
 """
