@@ -63,8 +63,9 @@ def memory_plan(settings, build, weight_dtype, dtype):
             loss.backward()
 
         if settings["method"] == "adamw":
-            for _ in range(2 * micro_batches):  # torch makes the moments at the first step
-                micro_batch(True)
+            for _ in range(2):  # torch makes the moments at the first step
+                for _ in range(micro_batches):
+                    micro_batch(True)
                 optimizer.step()
                 optimizer.zero_grad()
         else:

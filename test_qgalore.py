@@ -43,8 +43,9 @@ import prepare_c4
 import quant
 import train
 from bench import study
+from checkpoint import save_checkpoint
 from configurator import configure
-from memory import Live, memory_plan
+from memory import Live, memory_plan, refuse_what_does_not_fit
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from moments import Moments, Sum
 from parallel import Ranks
@@ -1287,7 +1288,8 @@ def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tm
 
 
 @pytest.mark.parametrize("args", [[], ["--moments=8bit"], ["--checkpoint_activations=True", "--checkpoint_bits=8"],
-                                  ["--gradient_accumulation_steps=2"], ["--method=adam8bit"], ["--method=adamw"]])
+                                  ["--gradient_accumulation_steps=2"], ["--method=adam8bit"], ["--method=adamw"],
+                                  ["--method=adamw", "--gradient_accumulation_steps=2"]])
 def test_the_memory_plan_is_what_a_real_step_takes(args):
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
     shape = "--n_layer=2 --n_embd=128 --n_head=4 --n_kv_head=4 --ffn_dim=352 --vocab_size=512 --batch_size=4".split()
@@ -1440,6 +1442,9 @@ def test_damaged_foreign_and_misshapen_checkpoints_are_refused_and_never_run(sha
         with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
             train.load_checkpoint("", config)
     one_line_error(run("sample.py", f"--out_dir={tmp_path}"), "ckpt.pt")
+    torch.save(dict.fromkeys(("config", "model", "optimizer", "iter", "position")), "ckpt.pt")
+    with pytest.raises(SystemExit, match="made by another version"):
+        train.load_checkpoint("", config)
     assert not os.path.exists("malice")
     assert run(*args)[0] == 0  # from scratch: what was there is set aside
     assert os.path.exists("previous_ckpt.pt")
@@ -1472,6 +1477,22 @@ def test_a_finished_run_that_is_resumed_or_only_evaluated_ends_well(shards, tmp_
     for more in ([], ["--init_from=resume"], ["--init_from=resume", "--eval_only=True"]):
         code, out, err = run(*args, *more)
         assert code == 0 and "--- " in out, err
+
+
+def test_saving_makes_no_copy_of_the_model_in_memory(tmp_path):
+    def save():
+        state = {"model": {f"layer {i}": torch.ones(5_000_000) for i in range(20)}}  # 400 MB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        save_checkpoint(tmp_path, state)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    (code, grown, err), = Job(tmp_path, save, size=0).wait()
+    assert code == 0 and float(grown) < 40 and os.path.getsize(tmp_path / "ckpt.pt") > 400e6, (grown, err)
+
+
+def test_without_room_for_the_sums_of_micro_batches_alone_the_advice_is_not_to_accumulate():
+    with pytest.raises(SystemExit, match="lower gradient_accumulation_steps to 1"):
+        refuse_what_does_not_fit({"weights": 10, "sums of micro-batches": 5}, 12, "cuda")
 
 
 def test_max_minutes_saves_and_leaves(shards, tmp_path):
@@ -1567,22 +1588,25 @@ def test_each_rank_reads_its_own_windows_and_all_together_what_one_would(shards)
 
 
 def test_when_a_rank_dies_the_other_says_so_and_the_checkpoint_resumes_bit_for_bit(shards, tmp_path):
-    args = [f"--data_dir={shards}", *TINY_RUN, "--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=5",
-            "--rank_timeout=30"]
+    kills, reached = int(os.environ.get("KILLS", 2)), 8
+    args = [f"--data_dir={shards}", *TINY_RUN, "--gradient_accumulation_steps=2", f"--max_iters={30 + 15 * kills}",
+            "--eval_interval=5", "--rank_timeout=30"]
     whole, broken, rng = f"{tmp_path}/whole", f"{tmp_path}/broken", random.Random(0)
     assert Job(whole, *[trains(*args, f"--out_dir={whole}")] * 2).wait()[0][0] == 0
-    for kill in (0, 1, None):
-        function = trains(*args, f"--out_dir={broken}", f"--init_from={'resume' if kill != 0 else 'scratch'}")
+    for i in range(kills + 1):
+        function = trains(*args, f"--out_dir={broken}", f"--init_from={'resume' if i else 'scratch'}")
         job = Job(broken, function, function)
-        if kill is not None:
+        if i < kills:
             last = lambda: max((it for it, _ in read_log(broken)), default=0) if glob.glob(f"{broken}/log.jsonl") else 0
-            while last() < 15 * (kill + 1) and job.processes[0].is_alive():
+            while last() < reached and job.processes[0].is_alive():
                 time.sleep(0.01)
-            time.sleep(rng.random() * 0.2)
-            os.kill(job.processes[kill].pid, signal.SIGKILL)
+            time.sleep(rng.random() * 0.1)
+            reached = last() + 1
+            victim = rng.randrange(2)
+            os.kill(job.processes[victim].pid, signal.SIGKILL)
             result = job.wait(60)
-            assert result[kill][0] == -signal.SIGKILL
-            one_line_error(result[1 - kill], "has lost another rank", "checkpoint")
+            assert result[victim][0] == -signal.SIGKILL
+            one_line_error(result[1 - victim], "has lost another rank", "checkpoint")
     assert [code for code, _, err in job.wait()] == [0, 0]
     assert read_log(broken) == read_log(whole)
     a, b = (torch.load(f"{d}/ckpt.pt", weights_only=True)["model"] for d in (whole, broken))
