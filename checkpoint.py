@@ -11,11 +11,14 @@ import zipfile
 
 import torch
 
+import hf
+from model import LLaMA
 from prepare_c4 import replacing
 
 FORMAT = 2  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
-              "weight_bits", "weight_group_size", "rank", "proj_bits", "moments")
+              "weight_bits", "weight_group_size", "rank", "lora_alpha", "proj_bits", "moments",
+              "freeze_embedding")
 
 
 def paths(out_dir):
@@ -61,20 +64,36 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def load_checkpoint(out_dir, config):
-    """The newest whole checkpoint of out_dir, of this model and method, with the paths of newer ones under "damaged".
-    Exits with one line if there is none."""
+def load_checkpoint(out_dir):
+    """The newest whole checkpoint of out_dir, with its "path", and the paths of newer ones under "damaged". Exits with one
+    line if there is none."""
     candidates = paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")]
     for path in candidates:
         try:
-            checkpoint = read_checkpoint(path) | {"damaged": candidates[: candidates.index(path)]}
-            break
+            return read_checkpoint(path) | {"path": path, "damaged": candidates[: candidates.index(path)]}
         except SystemExit as e:
             if path == candidates[-1]:
                 raise
             print(f"{e}; going back to the one before it")
+
+
+def check_same_model(checkpoint, config):
+    """Exit with one line if a checkpoint is of another model or method than `config`."""
     for key in SHAPE_KEYS:
-        if checkpoint["config"].get(key) != config[key]:
-            raise SystemExit(f"error: {path} was trained with {key} = {checkpoint['config'].get(key)!r}, this run has "
-                             f"{config[key]!r}")
-    return checkpoint
+        if checkpoint["config"].get(key, config[key]) != config[key]:
+            raise SystemExit(f"error: {checkpoint['path']} was trained with {key} = {checkpoint['config'][key]!r}, this "
+                             f"run has {config[key]!r}")
+
+
+def load_model(path, device, dtype=None, weight_bits=8):
+    """(model, name of its encoding) of `path`: a run's folder, as it was trained, or a Hugging Face directory or
+    repository, its matrices in weight_bits. dtype: of what is not quantised; None: as it was saved, bfloat16 for Hugging
+    Face's. Raises ValueError, or exits with one line, if it cannot be read."""
+    if not paths(path) and (os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)):
+        path = hf.local(path)
+        return hf.load(path, weight_bits, dtype or torch.bfloat16, device), path
+    checkpoint = read_checkpoint((paths(path) or [os.path.join(path, "ckpt.pt")])[0])
+    config, weights = checkpoint["config"], checkpoint["model"]
+    model = LLaMA.from_settings(config, device, dtype or weights["embed.weight"].dtype)
+    model.load_state_dict(weights)
+    return model, config["encoding"]

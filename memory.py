@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moments import bitsandbytes
+from quant import bitsandbytes
 
 GIB = 2**30
 
@@ -49,7 +49,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
     live, plan = Live(), {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, settings["gradient_accumulation_steps"])
-    if "8bit" in (settings["moments"], settings["method"][-4:]):
+    if settings["moments"] == "8bit" or settings["weight_bits"] == 4:
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model, optimizer = build(settings, "cpu", weight_dtype)
@@ -62,7 +62,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
                 loss = model(idx, idx)
             loss.backward()
 
-        if settings["method"] == "adamw":
+        if isinstance(optimizer, torch.optim.Optimizer):
             for _ in range(2):  # torch makes the moments at the first step
                 for _ in range(micro_batches):
                     micro_batch(True)

@@ -1,7 +1,10 @@
 """
-LLaMA whose linear layers may be QLinear: INT8 weights with no float copy.
+LLaMA and its relatives, whose linear layers may be QLinear: INT8 weights with no float copy.
 
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU, pre-norm, no biases   (arXiv 2302.13971)
+
+Mistral slides a window over the keys, Qwen2 has biases on queries, keys and values, Gemma a gelu, wider heads, a scaled
+embedding, and in version 2 more norms and soft caps: a field of LLaMAConfig each.
 
 Where the bytes go, 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In bf16 they and a
 gradient each take 24 GiB before any optimizer. A QLinear keeps 1 byte a weight (6.2 GiB with scales), makes a float
@@ -9,6 +12,8 @@ copy for one product at a time, and in backward never forms its gradient: it han
 to a hook that the optimizer sets (see qgalore.py).
 """
 
+import math
+import re
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,14 +23,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
-from quant import GROUP_SIZE, chunks, quantize_int8
+from layers import GLU, LOSS_CHUNK, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, rope
+from quant import GROUP_SIZE, dequantize_nf4, quantize_int8, quantize_nf4
 
 INIT_STD = 0.02
-LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB, where 16 x 256 at once are 500
+BUFFERS = {4: ("packed", "absmax", "absmax_scale", "absmax_mean"), 8: ("q", "scale", "zero"), 16: ("weight",)}
 
 
 class QLinear(nn.Module):
-    """y = x W^T with W (out_features, in_features) in 8 bits, group-wise, or with bits=16 plainly in `dtype`.
+    """y = x W^T + b with W (out_features, in_features) in 8 bits, group-wise; frozen, in 4 (NF4); or with bits=16
+    plainly in `dtype`. bias: a parameter b, float32, or none.
 
     W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight. Backward
     gives the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features) and
@@ -34,26 +41,47 @@ class QLinear(nn.Module):
     matmul "int8" rounds x and dy to 8 bits in the products with W (see quant.py); the hook gets them unrounded.
     """
 
-    def __init__(self, in_features, out_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None,
+    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE, dtype=None, device=None,
                  matmul="float"):
         super().__init__()
-        if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
+        if bits not in BUFFERS or matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
             raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits")
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         self.matmul, self.hook = matmul, None
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         self.set_weight(torch.empty(out_features, in_features, dtype=dtype, device=device).normal_(std=INIT_STD))
+        self.lora_a = self.lora_b = None
 
     def set_weight(self, w):
         """Take w (out_features, in_features), any float dtype; with bits=16 it is kept as it is, not copied."""
-        if self.bits == 8:
-            for name, tensor in zip(("q", "scale", "zero"), quantize_int8(w, self.group_size)):
-                self.register_buffer(name, tensor)
+        if self.bits == 4:
+            codes = [w] * 4 if w.is_meta else quantize_nf4(w)  # bitsandbytes needs numbers
         else:
-            self.register_buffer("weight", w)
+            codes = quantize_int8(w, self.group_size) if self.bits == 8 else [w]
+        for name, tensor in zip(BUFFERS[self.bits], codes):
+            self.register_buffer(name, tensor)
+
+    def add_adapter(self, rank, alpha):
+        """LoRA (arXiv 2106.09685): y += alpha / rank * x A^T B^T with trained A (rank, in) and B (out, rank), float32.
+        A starts as in peft, B at zero."""
+        bound = 1 / math.sqrt(self.in_features)
+        device = getattr(self, BUFFERS[self.bits][0]).device
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=device).uniform_(-bound, bound))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_scale = alpha / rank
+
+    def base_weight(self, dtype=torch.float32):
+        """W in `dtype`, without its adapter."""
+        if self.bits == 4:
+            codes = (self.packed, self.absmax, self.absmax_scale, self.absmax_mean)
+            return dequantize_nf4(*codes, (self.out_features, self.in_features), dtype)
+        return dequantize_int8(self.q, self.scale, self.zero, dtype) if self.bits == 8 else self.weight.to(dtype)
 
     def float_weight(self, dtype=torch.float32):
-        """W in `dtype`."""
-        return dequantize_int8(self.q, self.scale, self.zero, dtype) if self.bits == 8 else self.weight.to(dtype)
+        """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
+        if self.lora_a is None:
+            return self.base_weight(dtype)
+        return (self.base_weight() + self.lora_scale * self.lora_b.detach() @ self.lora_a.detach()).to(dtype)
 
     def add_low_rank_(self, left, right, shrink=1.0, key=None):
         """W <- shrink * W + left @ right^T; arguments as for quant.add_low_rank_int8_, which rounds INT8 weights."""
@@ -65,28 +93,50 @@ class QLinear(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # else a model's first layer has no backward, and no hook
-        return _QLinearFunction.apply(x, self)
+        y = _QLinearFunction.apply(x, self)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        if self.lora_a is not None:
+            y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.lora_scale
+        return y
 
 
 class _QLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.save_for_backward(x)
         ctx.layer = layer
+        if layer.hook is not None:
+            ctx.save_for_backward(x)
         if layer.matmul == "int8":
             return matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero).unflatten(0, x.shape[:-1])
-        return F.linear(x, layer.float_weight(x.dtype))
+        return F.linear(x, layer.base_weight(x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
-        (x,), layer = ctx.saved_tensors, ctx.layer
+        layer = ctx.layer
         if layer.matmul == "int8":
-            dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero).view(x.shape)
+            dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero)
+            dx = dx.unflatten(0, dy.shape[:-1])
         else:
-            dx = dy @ layer.float_weight(dy.dtype)
-        if layer.hook is not None:  # after dx, because the hook steps the weight
-            layer.hook(layer, x.flatten(0, -2), dy.flatten(0, -2))
+            dx = dy @ layer.base_weight(dy.dtype)
+        if ctx.saved_tensors:  # after dx, because the hook steps the weight
+            layer.hook(layer, ctx.saved_tensors[0].flatten(0, -2), dy.flatten(0, -2))
         return dx, None
+
+
+def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
+    """Put a QLinear in the place of every torch Linear of `model` whose name matches the regular expression `pattern`
+    (re.search; "" matches all), one after the other. Returns their names; raises ValueError if there is none."""
+    names = [n for n, module in model.named_modules() if type(module) is nn.Linear and re.search(pattern, n)]
+    for name in names:
+        old = model.get_submodule(name)
+        layer = QLinear(old.in_features, old.out_features, bits=bits, group_size=group_size, device="meta")
+        layer.set_weight(old.weight.detach())
+        layer.bias = old.bias
+        model.set_submodule(name, layer)
+    if not names:
+        raise ValueError(f"no torch Linear in the model has a name that matches {pattern!r}")
+    return names
 
 
 @dataclass
@@ -99,97 +149,54 @@ class LLaMAConfig:
     n_embd: int = 512
     ffn_dim: int = 1376
     rope_theta: float = 10000.0
+    rope_scaling: str = ""  # see layers.rope
     norm_eps: float = 1e-6
     tie_embedding: bool = False
+    head_dim: int = 0  # 0: n_embd / n_head
+    activation: str = "silu"  # or "gelu"
+    qkv_bias: bool = False
+    embed_scale: float = 1.0  # of the embedding's output
+    attn_scale: float = 0.0  # of q k^T; 0: head_dim^-1/2
+    attn_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: they stay
+    logit_softcap: float = 0.0
+    post_norms: bool = False  # norms after attention and MLP, too
+    sliding_window: int = 0  # keys that a token sees, itself among them; 0: all before it
+    global_every: int = 0  # with a window: every n-th layer sees all keys; 0: none does
+    architecture: str = "LlamaForCausalLM"  # as Hugging Face names it, for hf.py
     checkpoint_activations: bool = False  # keep only the blocks' inputs, compute the rest again in backward
     checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32; its weight stays float32, where a step of 1e-3 on a weight of 1 is not lost."""
-
-    def __init__(self, dim, eps, device=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
-        self.eps = eps
-
-    def forward(self, x):
-        return _RMSNormFunction.apply(x, self.weight, self.eps)
-
-
-class _RMSNormFunction(torch.autograd.Function):
-    """Keeps x as it came for backward, where autograd would keep a float32 copy: 64 MiB a norm at 7B, twice a block."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        h = x.float()
-        rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, rstd)
-        return (h * rstd * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        h, dy = x.float() * rstd, dy.float()
-        dw = (dy * h).flatten(0, -2).sum(dim=0)
-        dh = dy * weight
-        dx = (dh - h * (dh * h).mean(dim=-1, keepdim=True)) * rstd
-        return dx.to(x.dtype), dw, None
-
-
-class SwiGLU(nn.Module):
-    """silu(gate) * up (arXiv 2002.05202)."""
-
-    def forward(self, gate, up):
-        return _SwiGLUFunction.apply(gate, up)
-
-
-class _SwiGLUFunction(torch.autograd.Function):
-    """Keeps gate and up alone and makes silu(gate) again: 86 MiB less a block at 7B."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, F.silu(gate).mul_(dy)
-
-
-class Rotate(nn.Module):
-    """RoPE on x (..., T, head_dim), the two halves of a head as a pair's two coordinates, as in Hugging Face."""
-
-    def forward(self, x, cos, sin):
-        a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
+    def __post_init__(self):
+        if not self.head_dim and self.n_embd % self.n_head == 0:
+            self.head_dim = self.n_embd // self.n_head
+        if not self.head_dim or self.head_dim % 2 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size, "
+                             f"and n_head a multiple of n_kv_head {self.n_kv_head}")
 
 
 class Attention(nn.Module):
     def __init__(self, c, linear):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
-        self.block_size = c.block_size
-        self.q_proj = linear(c.n_embd, c.n_head * self.head_dim)
-        self.k_proj = linear(c.n_embd, c.n_kv_head * self.head_dim)
-        self.v_proj = linear(c.n_embd, c.n_kv_head * self.head_dim)
-        self.o_proj = linear(c.n_head * self.head_dim, c.n_embd)
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        self.block_size, self.softcap, self.scale = c.block_size, c.attn_softcap, c.attn_scale or c.head_dim**-0.5
+        self.q_proj = linear(c.n_embd, c.n_head * c.head_dim, c.qkv_bias)
+        self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
+        self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
+        self.o_proj = linear(c.n_head * c.head_dim, c.n_embd)
         self.rotate = Rotate()
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nk, T, hs)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
-        if cache is not None:  # a window of the last block_size keys: RoPE sees distances, not positions
-            if cache:
-                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
-            cache["k"], cache["v"] = k, v = k[:, :, -self.block_size :], v[:, :, -self.block_size :]
-        gqa = self.n_kv_head != self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+        if cache is not None:
+            if "k" in cache:  # (of one row: the beginning that all rows share)
+                k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)
+                v = torch.cat([cache["v"].expand(B, -1, -1, -1), v], dim=2)
+            cache["k"], cache["v"] = last(k, self.block_size - 1, 2), last(v, self.block_size - 1, 2)
+        y = attend(q, k, v, self.scale, self.softcap, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -199,62 +206,38 @@ class MLP(nn.Module):
         self.gate_proj = linear(c.n_embd, c.ffn_dim)
         self.up_proj = linear(c.n_embd, c.ffn_dim)
         self.down_proj = linear(c.ffn_dim, c.n_embd)
-        self.swiglu = SwiGLU()
+        self.glu = GLU(c.activation)
 
     def forward(self, x):
-        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.glu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, c, linear, device=None):
+    def __init__(self, c, linear, number, device=None):
         super().__init__()
-        self.attn_norm = RMSNorm(c.n_embd, c.norm_eps, device)
-        self.attn = Attention(c, linear)
-        self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps, device)
-        self.mlp = MLP(c, linear)
+        norm = partial(RMSNorm, c.n_embd, c.norm_eps, device)
+        self.slides = bool(c.sliding_window) and not (c.global_every and (number + 1) % c.global_every == 0)
+        self.attn_norm, self.attn = norm(), Attention(c, linear)
+        self.mlp_norm, self.mlp = norm(), MLP(c, linear)
+        self.attn_post_norm, self.mlp_post_norm = (norm() if c.post_norms else nn.Identity() for _ in range(2))
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class _Checkpoint(torch.autograd.Function):
-    """A block of which only the input is kept: backward makes the rest again. bits 8 keeps the input group-wise in
-    INT8, 0.5 in place of 1 GiB at 7B with 16 x 256 tokens."""
-
-    @staticmethod
-    def forward(ctx, x, block, cos, sin, bits):
-        ctx.block, ctx.shape, ctx.dtype, ctx.bits = block, x.shape, x.dtype, bits
-        ctx.save_for_backward(cos, sin, *(quantize_int8(x.flatten(0, -2)) if bits == 8 else (x,)))
-        return block(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy):
-        cos, sin, *x = ctx.saved_tensors
-        x = dequantize_int8(*x, dtype=ctx.dtype).view(ctx.shape) if ctx.bits == 8 else x[0].detach()
-        x.requires_grad_()
-        with torch.enable_grad():
-            y = ctx.block(x, cos, sin)
-        torch.autograd.backward(y, dy)  # steps the block's weights
-        return x.grad, None, None, None, None
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, mask, cache))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class LLaMA(nn.Module):
-    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, device=, dtype=): QLinear, a partial
-    of it, or plain_linear for full-rank training. Layers are built one after the other on
+    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, bias, device=, dtype=): QLinear, a
+    partial of it, or plain_linear for full-rank training. Layers are built one after the other on
     `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights)."""
 
     def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32):
         super().__init__()
         self.config = c = config
-        if c.n_embd % c.n_head or c.n_head % c.n_kv_head or c.n_embd // c.n_head % 2:
-            raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, "
-                             f"and n_head a multiple of n_kv_head {c.n_kv_head}")
-
         layer = partial(linear, device=device, dtype=dtype)
         self.embed = nn.Embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
         nn.init.normal_(self.embed.weight, std=INIT_STD)
-        self.blocks = nn.ModuleList(Block(c, layer, device) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, layer, i, device) for i in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps, device)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False, device=device, dtype=dtype)
         if c.tie_embedding:
@@ -263,31 +246,69 @@ class LLaMA(nn.Module):
             nn.init.normal_(self.head.weight, std=INIT_STD)
 
     @classmethod
-    def from_settings(cls, settings, device, dtype):
-        """The model that a run's settings (train.py's, a dict) describe: QLinear for qgalore, else torch's Linear."""
-        config = LLaMAConfig(**{f.name: settings[f.name] for f in fields(LLaMAConfig) if f.name in settings})
-        if settings["method"] == "qgalore":
-            linear = partial(QLinear, bits=settings["weight_bits"], group_size=settings["weight_group_size"],
-                             matmul=settings.get("matmul", "float"))  # a checkpoint may be older than this key
-        else:
-            linear = plain_linear
-        return cls(config, linear, device, dtype)
+    def from_settings(cls, settings, device, dtype, load=None):
+        """The model that a run's settings (train.py's, a dict) describe: torch's Linear for full rank, else QLinear,
+        with adapters for LoRA, and then nothing else to train. load: fills the model, which is then built on "meta"."""
+        c, method = settings, settings["method"]
+        config = LLaMAConfig(**{f.name: c[f.name] for f in fields(LLaMAConfig) if f.name in c})
+        linear = plain_linear
+        if method not in ("adamw", "adam8bit"):
+            linear = partial(QLinear, bits=c["weight_bits"], group_size=c["weight_group_size"],
+                             matmul=c.get("matmul", "float"))  # a checkpoint may be older than this key
+        model = cls(config, linear, "meta" if load else device, dtype)
+        if load:
+            load(model)
+        if c.get("freeze_embedding"):
+            model.embed.requires_grad_(False), model.head.requires_grad_(False)
+        if method in ("lora", "qlora"):
+            model.requires_grad_(False)
+            for layer in model.modules():
+                if isinstance(layer, QLinear):
+                    layer.add_adapter(c["rank"], c["lora_alpha"])
+        return model
 
-    def forward(self, idx, targets=None, caches=None, position=0):
-        """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token;
-        without, the last position's logits (B, vocab_size), float32. caches: one dict a block, filled as it goes, for
-        the `position` tokens seen before idx."""
+    def hidden(self, idx, caches=None, position=0, documents=None):
+        """The last norm's output (B, T, C) for tokens idx (B, T) int64. caches: one dict a block, filled as it goes, for
+        the `position` tokens seen before idx; of one row, if all rows of idx share them. documents: (B, T) int64: a
+        token sees only tokens of its own number, so that a row may hold several texts, or padding at its left."""
+        T, c = idx.shape[1], self.config
         x = self.embed(idx)  # (B, T, C)
-        cos, sin = rope(position, idx.shape[1], self.config, x)
+        if c.embed_scale != 1:
+            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # rounded to x's dtype first, as in Gemma's own code
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # frozen embedding: the blocks have a backward all the same
+        past = caches[0]["k"].shape[2] if caches and "k" in caches[0] else 0
+        seen = caches[0].get("documents") if past else None
+        if seen is not None or past and documents is not None:  # where one of the two is not given, its text goes on
+            seen = (documents[:, :1].expand(-1, past) if seen is None else seen).expand(len(idx), -1)
+            documents = torch.cat([seen, seen[:, -1:].expand(-1, T) if documents is None else documents], dim=1)
+        if caches and documents is not None:
+            caches[0]["documents"] = last(documents, c.block_size - 1, 1)
+        most = c.block_size if past else T  # keys that a token may see
+        masks = [attention_mask(past, T, min(most, window or most), documents, x.device)
+                 for window in (0, c.sliding_window)]
+        cos, sin = rope(position, T, c, x)
         for i, block in enumerate(self.blocks):
-            if self.config.checkpoint_activations and torch.is_grad_enabled():
-                x = _Checkpoint.apply(x, block, cos, sin, self.config.checkpoint_bits)
+            mask = masks[block.slides]
+            if c.checkpoint_activations and torch.is_grad_enabled():
+                x = Checkpoint.apply(x, block, c.checkpoint_bits, cos, sin, mask)
             else:
-                x = block(x, cos, sin, caches[i] if caches else None)
-        x = self.norm(x)
+                x = block(x, cos, sin, mask, caches[i] if caches else None)
+        return self.norm(x)
+
+    def logits(self, h):
+        """Logits (..., vocab_size), float32, of hidden states h (..., C)."""
+        logits, cap = F.linear(h, self.head.weight).float(), self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(self, idx, targets=None, caches=None, position=0, documents=None):
+        """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token;
+        without, the last position's logits (B, vocab_size), float32. The rest as in hidden()."""
+        x = self.hidden(idx, caches, position, documents)
         if targets is None:
-            return F.linear(x[:, -1], self.head.weight).float()
-        return _HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), torch.is_grad_enabled())
+            return self.logits(x[:, -1])
+        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.logit_softcap,
+                              torch.is_grad_enabled())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -318,62 +339,39 @@ class LLaMA(nn.Module):
             warnings.warn(f"torch.compile fails, the model runs without it. {reason}")
             return
         for module in self.modules():
-            if isinstance(module, (RMSNorm, Rotate, SwiGLU)):
+            if isinstance(module, (RMSNorm, Rotate, GLU)):
                 module.compile()
 
     def flops_per_token(self):
         """Of forward and backward, by the usual count 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""
         c = self.config
-        head_dim = c.n_embd // c.n_head
-        block = 2 * c.n_embd * (c.n_head + c.n_kv_head) * head_dim + 3 * c.n_embd * c.ffn_dim
-        return 6 * (c.n_layer * block + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_embd * c.block_size
+        block = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim + 3 * c.n_embd * c.ffn_dim
+        return 6 * (c.n_layer * block + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
 
-def plain_linear(n_in, n_out, device=None, dtype=None):
-    """torch's Linear without bias, started from the draws that start a QLinear: a seed gives every method one model."""
-    layer = nn.Linear(n_in, n_out, bias=False, device="meta")  # where its own start is not drawn
+def last(x, n, dim):
+    """The last n entries of x along dim, or all: with a new token's own, n = block_size - 1 keys are block_size. RoPE
+    sees distances, not positions."""
+    n = min(n, x.shape[dim])
+    return x.narrow(dim, x.shape[dim] - n, n)
+
+
+def attention_mask(past, T, window, documents, device):
+    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool. None if that is plainly
+    all before it. window: how many at most; documents: (B, past + T), or None."""
+    if documents is None and window >= past + T and not (past and T > 1):
+        return None
+    query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)
+    seen = (key <= query) & (query - key < window)
+    if documents is not None:
+        seen = seen & (documents[:, None, -T:, None] == documents[:, None, None, :])
+    return seen.view(-1, 1, T, past + T)
+
+
+def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
+    """torch's Linear, started from the draws that start a QLinear: a seed gives every method one model."""
+    layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
     layer.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device).normal_(std=INIT_STD))
+    if bias:
+        layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
     return layer
-
-
-def rope(start, length, config, x):
-    """cos and sin (length, head_dim) of RoPE's angles at positions start.. , in x's dtype and device."""
-    dim = config.n_embd // config.n_head
-    frequency = config.rope_theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angle = torch.outer(torch.arange(start, start + length, device=x.device, dtype=torch.float32), frequency)
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the logits h W^T, LOSS_CHUNK tokens at a time, so that (T, V) logits never exist.
-
-    Each chunk's gradients are taken while its logits are at hand, in forward: one pass, no recomputation.
-    h (T, C), weight (V, C), targets (T,) int64 or -1. Returns the loss, float32; all targets -1 give 0."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, need_grad):
-        n = (targets >= 0).sum().clamp(min=1)
-        loss = torch.zeros((), device=h.device)
-        if need_grad:
-            dh, dw = torch.empty_like(h), torch.zeros_like(weight)
-        for i in chunks(h, len(h), LOSS_CHUNK):
-            x, t = h[i : i + LOSS_CHUNK], targets[i : i + LOSS_CHUNK, None]
-            logits = F.linear(x, weight).float()  # (chunk, V), in place from here to its gradient
-            logits.sub_(logits.amax(dim=-1, keepdim=True))
-            valid, t = (t >= 0).float(), t.clamp(min=0)
-            target = logits.gather(1, t)
-            z = logits.exp_().sum(dim=-1, keepdim=True)
-            loss += ((z.log() - target) * valid).sum()
-            if need_grad:
-                g = logits.mul_(valid / (n * z)).scatter_add_(1, t, -valid / n).to(h.dtype)  # (softmax - one-hot) / n
-                dh[i : i + LOSS_CHUNK] = g @ weight
-                dw.addmm_(g.T, x)
-        if need_grad:
-            ctx.save_for_backward(dh, dw)
-        return loss / n
-
-    @staticmethod
-    def backward(ctx, grad):
-        dh, dw = ctx.saved_tensors
-        return dh.mul_(grad), dw.mul_(grad), None, None  # in place: at 7B dw alone is 0.4 GiB

@@ -3,29 +3,18 @@ What an optimizer keeps of a gradient: Adam's two moments, and the sum of a step
 element. At LLaMA-7B and rank 1024 the low-rank gradients have 1.62 billion elements: each byte is 1.5 GiB.
 """
 
-import logging
 import math
-from functools import cache, partial
+from functools import partial
 
 import torch
 
 from kernels import adam_int8_, add_low_rank_int8_, dequantize_int8
-from quant import CHUNK, GROUP_SIZE, add_bfloat16_, chunks, quantize_int8
+from quant import CHUNK, GROUP_SIZE, add_bfloat16_, bitsandbytes, chunks, quantize_int8
 
 MIN_8BIT = 4096  # smaller tensors and vectors keep float32 moments, as in bitsandbytes
 MOMENTS = ("factored", "8bit", "float32")
 AT_REFRESH = ("keep", "reset", "rotate")
 ACCUMULATION = ("int8", "bfloat16", "float32")
-
-
-@cache
-def bitsandbytes():
-    """Its functions, and the values of its codes for the first and the second moment. Importing it takes longer than
-    importing torch, and only "8bit" moments need it."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses 4-bit kernels: none is used
-    import bitsandbytes.functional as bnb
-
-    return bnb, [bnb.create_dynamic_map(signed=signed) for signed in (True, False)]
 
 
 class Moments:

@@ -10,7 +10,6 @@ stays small. A shard takes its name when it is complete: stop at any time, the s
 """
 
 import ast
-import base64
 import collections
 import contextlib
 import ctypes
@@ -38,10 +37,11 @@ import tiktoken
 from tqdm import tqdm
 
 from configurator import configure
+from tokenizer import fingerprint, first_line, get_encoding, valid
 
 input = ""  # '': C4; a glob of local files (.json .jsonl .txt, also .gz); docs: English from this Python's libraries
 out_dir = "data/c4"  # *_train_*.bin and *_val_*.bin go here
-encoding = "gpt2"  # a tiktoken name; bytes: 256 bytes and end-of-text; or a rank file (LLaMA-3's tokenizer.model)
+encoding = "gpt2"  # a tiktoken name; bytes: 256 bytes and end-of-text; or a checkpoint's folder (see tokenizer.py)
 shards = 1  # how many of C4's 1024 training files, about 360,000 documents each
 val_fraction = 0.05  # local input: this last part of each file's tokens is for validation (C4 has a file for that)
 workers = 0  # processes that tokenise; 0: one a core
@@ -50,48 +50,10 @@ LAYOUTS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 _block = 1 << 20  # bytes of text that a worker gets at a time, about 50 ms of work
 
 
-@functools.lru_cache
-def get_encoding(name):
-    """The tiktoken.Encoding of that name: one of tiktoken's, 'bytes' (n_vocab 257), or a file of "base64-token rank".
-
-    A rank file gets LLaMA-3's split pattern and 256 special tokens. Exits with one line if there is no such encoding.
-    """
-    if name == "bytes":
-        ranks = {bytes([b]): b for b in range(256)}
-        return tiktoken.Encoding(name, pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
-    if name in tiktoken.list_encoding_names():
-        try:
-            return tiktoken.get_encoding(name)
-        except Exception as e:  # whatever its HTTP client raises
-            raise SystemExit(f"error: encoding {name}: vocabulary not fetched ({first_line(e)}); try --encoding=bytes")
-    try:  # not tiktoken's load_tiktoken_bpe, which answers from its cache when the file has changed
-        with open(name, "rb") as f:
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, f)}
-    except OSError as e:
-        names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
-        raise SystemExit(f"error: encoding {name}: not one of {names}, and as a rank file: {e.strerror}")
-    except ValueError:
-        ranks = {}
-    n = len(ranks)
-    if sorted(ranks.values()) != list(range(n)) or any(bytes([b]) not in ranks for b in range(256)):
-        raise SystemExit(f'error: encoding {name}: expected lines "base64-token rank", ranks 0, 1, ..., and every byte')
-    special = ["<|begin_of_text|>", "<|endoftext|>", *(f"<|reserved_{i}|>" for i in range(254))]  # LLaMA-3's places
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    special = {token: n + i for i, token in enumerate(special)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def first_line(e):
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
-
-
-def _header(count, n_vocab):
+def _header(count, n_vocab, row=0, fingerprint=0):
     magic = 20240801 if n_vocab > 65535 else 20240520
     header = np.zeros(256, "<i4")
-    header[:4] = magic, LAYOUTS[magic][0], count, n_vocab  # llm.c leaves the fourth 0
+    header[:6] = magic, LAYOUTS[magic][0], count, n_vocab, row, fingerprint  # llm.c leaves the last three 0
     return header, LAYOUTS[magic][1]
 
 
@@ -110,32 +72,52 @@ def replacing(path):
         raise
 
 
-def write_shard(path, tokens, n_vocab):
-    """Write `tokens`, integers below n_vocab, as one shard: uint16, or uint32 where n_vocab is above 65535."""
-    header, dtype = _header(len(tokens), n_vocab)
+def write_shard(path, tokens, n_vocab, flags=None, row=0, fingerprint=0):
+    """Write `tokens`, integers below n_vocab, as one shard: uint16, or uint32 where n_vocab is above 65535.
+
+    flags: one a token, where only some count in the loss: 1, it does; 2, an example starts here; stored as uint8 after
+    the tokens. row: with flags, the tokens of a row, block_size + 1. fingerprint: the vocabulary's, 0: unknown.
+    """
     with replacing(path) as f:
-        f.write(header)
-        f.write(np.ascontiguousarray(tokens, dtype))
+        f.writelines(shard_parts(tokens, n_vocab, flags, row, fingerprint))
+
+
+def shard_parts(tokens, n_vocab, flags=None, row=0, fingerprint=0):
+    """What write_shard writes: header, tokens, flags."""
+    header, dtype = _header(len(tokens), n_vocab, row, fingerprint)
+    return header, np.ascontiguousarray(tokens, dtype), np.ascontiguousarray([] if flags is None else flags, np.uint8)
+
+
+Shard = collections.namedtuple("Shard", "tokens n_vocab flags row fingerprint")  # as in write_shard
 
 
 def read_shard(path):
     """(np.memmap of a shard's tokens, its n_vocab: 0 if made elsewhere). Exits with one line if it is not whole."""
+    return open_shard(path)[:2]
+
+
+def open_shard(path):
+    """The Shard in a file, memory-mapped. Exits with one line if it is not whole."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", 256)
     except OSError as e:
-        raise SystemExit(f"error: {path}: {e.strerror}; make token shards with prepare_c4.py")
+        raise SystemExit(f"error: {path}: {e.strerror}; make token shards with prepare_c4.py or prepare_sft.py")
     if len(header) < 256:
         raise SystemExit(f"error: {path}: truncated: {size} bytes, its header alone is 1024; delete it, make it again")
-    magic, version, count, n_vocab = header[:4].tolist()
+    magic, version, count, n_vocab, row, fingerprint = header[:6].tolist()
     layout_version, dtype = LAYOUTS.get(magic, (None, None))
     if version != layout_version:
         known = " or ".join(f"{m} version {v}" for m, (v, _) in LAYOUTS.items())
         raise SystemExit(f"error: {path}: not a token shard: magic {magic} version {version}, expected {known}")
-    whole = 1024 + count * dtype.itemsize
+    end = 1024 + count * dtype.itemsize
+    whole = end + count * (row > 0)
     if count < 1 or size != whole:
         found = f"{size} bytes, but {whole} for the {count} tokens that its header counts"
         raise SystemExit(f"error: {path}: truncated or empty: {found}; delete it and make it again")
-    return np.memmap(path, dtype, "r", 1024, (count,)), n_vocab
+    if row < 0 or row and count % row:
+        raise SystemExit(f"error: {path}: damaged: {count} tokens are no rows of {row}; delete it and make it again")
+    flags = np.memmap(path, np.uint8, "r", end, (count,)) if row else None
+    return Shard(np.memmap(path, dtype, "r", 1024, (count,)), n_vocab, flags, row, fingerprint)
 
 
 def docs_corpus():
@@ -166,11 +148,15 @@ def docs_corpus():
     return "\n".join(json.dumps({"text": text}) for text in texts).encode()
 
 
-def blocks(stream, is_text):
+def blocks(stream, is_text, cuts_at_spaces=True):
     """Cut a stream into blocks of about 1 MB: JSON lines after a newline, plain text where no token can span the cut.
 
     That is between a letter and a space, or after a lone newline: true of the split patterns of GPT-2, cl100k, LLaMA-3.
+    Where it is not (sentencepiece marks the start of what it gets), cuts_at_spaces is False and plain text stays whole.
     """
+    if is_text and not cuts_at_spaces:
+        yield stream.read()
+        return
     rest = b""
     while block := stream.read(_block):
         if is_text:
@@ -190,11 +176,12 @@ def tokenize(encoding, is_text, block):
     dtype = _header(0, enc.n_vocab)[1]
 
     def encode(text):
-        if not text.isascii():
-            text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, UTF-8 cannot
+        text = valid(text)
         if encoding == "bytes":
             return np.frombuffer(text.encode(), np.uint8)  # what tiktoken gives, at once
-        return enc.encode_to_numpy(text, disallowed_special=())  # spares encode_ordinary's list of Python integers
+        if isinstance(enc, tiktoken.Encoding):
+            return enc.encode_to_numpy(text, disallowed_special=())  # spares encode_ordinary's list of Python integers
+        return np.array(enc.encode_ordinary(text), dtype)
 
     if is_text:
         return encode(block.decode("utf-8", "replace")).astype(dtype), 0, 0
@@ -224,7 +211,8 @@ def convert(source, shard, val_shard, encoding, val_fraction, map_blocks):
         f.write(empty_header)
         try:
             with tqdm(desc=os.path.basename(shard), unit=" documents", mininterval=1) as bar:
-                results = map_blocks(functools.partial(tokenize, encoding, is_text), blocks(stream, is_text))
+                pieces = blocks(stream, is_text, getattr(enc, "cuts_at_spaces", True))  # tiktoken's all do
+                results = map_blocks(functools.partial(tokenize, encoding, is_text), pieces)
                 for tokens, documents, skipped in results:
                     f.write(tokens)
                     count, bad = count + len(tokens), bad + skipped
@@ -248,10 +236,11 @@ def convert(source, shard, val_shard, encoding, val_fraction, map_blocks):
             if kept == count:
                 raise SystemExit(f"error: {source}: {count} tokens are too few to split; set --val_fraction=0")
             f.flush()
-            write_shard(val_shard, np.fromfile(f.name, dtype, offset=1024 + kept * dtype.itemsize), enc.n_vocab)
+            held_out = np.fromfile(f.name, dtype, offset=1024 + kept * dtype.itemsize)
+            write_shard(val_shard, held_out, enc.n_vocab, fingerprint=fingerprint(enc))
             f.truncate(1024 + kept * dtype.itemsize)
         f.seek(0)
-        f.write(_header(kept, enc.n_vocab)[0])
+        f.write(_header(kept, enc.n_vocab, fingerprint=fingerprint(enc))[0])
     return count, bad, seconds
 
 
@@ -286,16 +275,20 @@ def plan(input, shards, val_fraction):
     return jobs
 
 
-def finished(path, n_vocab):
-    """Whether `path` is a whole shard; exits with one line if it is one of another vocabulary."""
+def finished(path, enc):
+    """Whether `path` is a whole shard; exits with one line if it is one of another vocabulary than that of `enc`."""
     if not os.path.exists(path):
         return False
     try:
-        found = read_shard(path)[1]
+        found = open_shard(path)
     except SystemExit:
         return False  # not whole: it is made again
-    if found != n_vocab:
-        raise SystemExit(f"error: {path}: has n_vocab {found}, not {n_vocab}; delete it or set another --out_dir")
+    if found.n_vocab != enc.n_vocab:
+        raise SystemExit(f"error: {path}: has n_vocab {found.n_vocab}, not {enc.n_vocab}; delete it or set another "
+                         "--out_dir")
+    if found.fingerprint not in (0, fingerprint(enc)) or found.row:
+        what = "by prepare_sft.py" if found.row else "with another tokenizer"
+        raise SystemExit(f"error: {path}: was made {what}; delete it or set another --out_dir")
     print(f"{path}: kept; to make it again, delete it")
     return True
 
@@ -328,14 +321,14 @@ def _map_ahead(pool, ahead, function, items):
 
 def prepare(input=input, out_dir=out_dir, encoding=encoding, shards=shards, val_fraction=val_fraction, workers=workers):
     """Make the shards that the settings describe (see above), except those that are there already."""
-    n_vocab = get_encoding(encoding).n_vocab
+    enc = get_encoding(encoding)
     jobs = plan(input, shards, val_fraction)
     workers = workers if workers > 0 else os.cpu_count()
     tokens = bad = seconds = 0
     try:
         os.makedirs(out_dir, exist_ok=True)
         jobs = [[source, *(name and os.path.join(out_dir, name) for name in names)] for source, *names in jobs]
-        jobs = [job for job in jobs if not all([finished(path, n_vocab) for path in job[1:] if path])]
+        jobs = [job for job in jobs if not all([finished(path, enc) for path in job[1:] if path])]
         large = not input or sum(os.path.getsize(job[0]) for job in jobs if input != "docs") > 16e6
         with contextlib.ExitStack() as stack:
             map_blocks = map

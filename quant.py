@@ -19,6 +19,8 @@ run, a CPU and a GPU round alike. kernels.py has these functions again, under th
 """
 
 import hashlib
+import logging
+from functools import cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -216,6 +218,34 @@ def dequantize_int4(packed, scale, zero, dtype=torch.float32):
         cols -= 1
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()[: rows * cols]
     return dequantize_int8(codes.view(torch.int8).sub_(8).view(rows, cols), scale, zero, dtype)
+
+
+@cache
+def bitsandbytes():
+    """Its functions, and the values of its codes for the first and the second moment. Importing it takes longer than
+    importing torch, and only "8bit" moments and NF4 need it."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # on a CPU it may miss fast 4-bit kernels, and says so
+    import bitsandbytes.functional as bnb
+
+    return bnb, [bnb.create_dynamic_map(signed=signed) for signed in (True, False)]
+
+
+def quantize_nf4(w):
+    """Quantise a matrix to QLoRA's 4 bits (arXiv 2305.14314): 16 quantiles of a normal distribution, blocks of 64, whose
+    maxima are in 8 bits again. By bitsandbytes; frozen weights only. w: (rows, cols), any float dtype.
+
+    Returns packed uint8 (rows * cols / 2, 1), absmax uint8, absmax_scale float32, absmax_mean float32 ()."""
+    bnb = bitsandbytes()[0]
+    packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return packed, state.absmax, state.state2.absmax, state.offset
+
+
+def dequantize_nf4(packed, absmax, absmax_scale, absmax_mean, shape, dtype=torch.float32):
+    """The inverse of quantize_nf4: `shape` in `dtype`."""
+    bnb, codes = bitsandbytes()
+    nested = bnb.QuantState(absmax_scale, code=codes[0].to(packed.device), blocksize=256, dtype=torch.float32)
+    state = bnb.QuantState(absmax, shape, bnb.get_4bit_type("nf4", packed.device), 64, "nf4", dtype, absmax_mean, nested)
+    return bnb.dequantize_4bit(packed, state)
 
 
 def _checked(group_size):

@@ -4,18 +4,14 @@ Generate text from a run's checkpoint, token by token:
     python sample.py config/demo.py --num_samples=3
 """
 
-import codecs
-import os
-
 import torch
 
-from checkpoint import paths, read_checkpoint
+from checkpoint import load_model
 from configurator import configure
-from model import LLaMA
-from prepare_c4 import get_encoding
+from tokenizer import get_encoding
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # whose ckpt.pt to read
+out_dir = "out"  # whose ckpt.pt to read; or a Hugging Face directory or repository
 prompt = "\n"
 num_samples = 1
 max_new_tokens = 300
@@ -29,24 +25,35 @@ device = "auto"
 
 def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed):
     """Print the prompt idx (1, T) int64 and the tokens that the model adds, each as soon as it is known."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
     generator = torch.Generator(idx.device).manual_seed(seed)
-    print(encoding.decode(idx[0].tolist()), end="", flush=True)
+    ids, shown = idx[0].tolist(), 0
+
+    def show(end):  # all ids anew, about 0.1 ms a thousand: what one token reads as depends on those before it
+        nonlocal shown
+        text = encoding.decode(ids)
+        text = text if end else text.rstrip("\ufffd")  # a character may span tokens, and is this until it is whole
+        print(text[shown:], end="\n" if end else "", flush=True)
+        shown = max(shown, len(text))
+
+    show(end=False)
     for token in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator):
         if token.item() < encoding.n_vocab:  # vocab_size may be padded beyond the encoding's
-            print(utf8.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
-    print(utf8.decode(b"", final=True))
+            ids.append(token.item())
+            show(end=False)
+    show(end=True)
 
 
 def main():
     configure(globals(), skip_unknown_in_files=True)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = read_checkpoint((paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")])[0])
-    config, weights = checkpoint["config"], checkpoint["model"]
-    encoding = get_encoding(config["encoding"])
-    model = LLaMA.from_settings(config, kind, weights["embed.weight"].dtype)
-    model.load_state_dict(weights)
-    idx = torch.tensor([encoding.encode_ordinary(prompt) or [encoding.eot_token]], device=kind)
+    try:
+        model, name = load_model(out_dir, kind)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+    encoding = get_encoding(name)
+    ids = getattr(encoding, "encode_with_special", encoding.encode_ordinary)(prompt) or [encoding.eot_token]
+    ids = encoding.with_bos(ids) if hasattr(encoding, "with_bos") else ids
+    idx = torch.tensor([ids], device=kind)
     for i in range(num_samples):
         stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed + i)
 

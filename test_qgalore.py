@@ -1536,7 +1536,7 @@ def test_each_window_comes_once_an_epoch_in_a_new_order_and_the_position_is_all_
         tokens = read_shard(path)[0].astype(np.int64)
         inputs += [tokens[i : i + 32].tobytes() for i in range(0, len(tokens) - 32, 32)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(inputs) and epochs[0] != epochs[1] != inputs
-    x, y = data.batch(4)
+    x, y, _ = data.batch(4)
     assert torch.equal(x[:, 1:], y[:, :-1])
     again = windows()
     again.position = data.total + 7
@@ -1711,7 +1711,7 @@ def test_c4_comes_from_the_hub_and_its_shards_have_exactly_these_bytes(tmp_path)
     for name, texts in (("c4_train_00000.bin", train), ("c4_val_00000.bin", val)):
         tokens = as_tokens(texts)
         header = np.zeros(256, "<i4")
-        header[:4] = 20240520, 1, len(tokens), 257
+        header[:6] = 20240520, 1, len(tokens), 257, 0, prepare_c4.fingerprint(get_encoding("bytes"))
         assert contents(tmp_path / "c4" / name) == header.tobytes() + np.array(tokens, "<u2").tobytes()
 
     asked.clear()

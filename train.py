@@ -1,8 +1,9 @@
 """
-Train a LLaMA on token shards with Q-GaLore, or with full-rank Adam to compare, on one GPU, several, or the CPU:
+Train a LLaMA on token shards with Q-GaLore, or full-rank Adam, GaLore, LoRA to compare, on one GPU, several, or the CPU:
     python train.py config/demo.py                          # minutes on any machine, nothing to download
     python train.py config/llama_7b.py --dry_run=True       # what it takes, before it takes it
     python train.py config/llama_7b.py --init_from=resume   # go on after a stop
+    python train.py config/finetune_smollm2.py              # fine-tune a checkpoint from the Hugging Face hub
     torchrun --standalone --nproc_per_node=2 train.py config/llama_7b.py    # the same run on two GPUs
 """
 
@@ -13,6 +14,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 
 # blocks of freed memory can grow and be reused at any size: without it, what lies in fragments counts against the card.
 # (torch 2.8 to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
@@ -21,16 +23,18 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, paths, save_checkpoint
+import hf
+from checkpoint import check_same_model, load_checkpoint, paths, save_checkpoint
 from configurator import configure
 from data import Windows
 from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
-from model import LLaMA
+from model import LLaMA, LLaMAConfig
 from parallel import IN_FLIGHT, Ranks
 from plot import plot_loss, read_log
-from prepare_c4 import get_encoding, prepare, replacing
+from prepare_c4 import prepare, replacing
 from qgalore import ACCUMULATION, AT_REFRESH, MOMENTS, QGaLore
 from sample import stream
+from tokenizer import fingerprint, get_encoding
 
 # -----------------------------------------------------------------------------
 # output
@@ -40,7 +44,7 @@ eval_interval = 500  # steps between evaluations; each is followed by a checkpoi
 eval_iters = 40  # batches an evaluation reads, always the same ones
 log_interval = 10  # steps between lines of log.jsonl
 eval_only = False  # evaluate once and leave
-init_from = "scratch"  # or "resume": go on from out_dir's newest whole checkpoint
+init_from = "scratch"  # "resume": out_dir's newest whole checkpoint; else a Hugging Face directory or repository
 max_minutes = 0.0  # save and leave after so many; 0 = never
 sample_tokens = 0  # tokens to generate and show at the end
 wandb_log = False
@@ -48,13 +52,13 @@ tensorboard_log = False
 project = "qgalore"  # name of the W&B project
 dry_run = False  # print the memory that this run would take, and leave
 # data
-data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py and llm.c write them
+data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py, prepare_sft.py and llm.c write them
 data_input = ""  # what to make data_dir's shards of if it has none: "docs", or text files (prepare_c4.py's --input)
-encoding = "gpt2"  # of the shards; "bytes", or a rank file
+encoding = ""  # of the shards: what get_encoding (tokenizer.py) knows; "": gpt2, or the Hugging Face checkpoint's own
 batch_size = 16  # sequences a micro-batch
 block_size = 256  # tokens a sequence
 gradient_accumulation_steps = 1  # micro-batches a step, of all ranks together
-# model
+# model (a Hugging Face checkpoint brings its own)
 n_layer = 8
 n_head = 8
 n_kv_head = 0  # key/value heads, 0 = n_head
@@ -67,8 +71,8 @@ checkpoint_activations = False  # compute each block's forward again in backward
 checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
-method = "qgalore"  # or "adamw" (torch, float32 weights) or "adam8bit" (bitsandbytes, stepped in backward)
-rank = 128  # of the projections
+method = "qgalore"  # or "galore", "adamw", "adam8bit", "lora", "qlora": see METHODS
+rank = 128  # of the projections, or of LoRA's adapters
 proj_gap = 200  # steps between a layer's refreshes, at first
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
 proj_k = 5  # refreshes in that mean
@@ -76,8 +80,10 @@ proj_bits = 4  # 4, 8 or 16 (not quantised)
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rotate" into the new basis
-weight_bits = 8  # 8, or 16: not quantised, in `dtype`
+weight_bits = 0  # of the blocks' matrices: 4 (NF4), 8, 16 (in `dtype`), 32 (float32); 0: the method's own
 weight_group_size = 256
+freeze_embedding = False  # embedding and head stay as they are: saves their gradients and moments in fine-tuning
+lora_alpha = 32.0  # adapters count alpha / rank times
 matmul = "float"  # or "int8": forward and input gradient on the INT8 tensor cores, x and dy rounded to 8 bits
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments = "factored"  # Adam's: first in INT8, second as a row and a column; or "8bit" (bitsandbytes), "float32"
@@ -101,6 +107,16 @@ seed = 1337
 rank_timeout = 600.0  # seconds that torchrun's ranks wait for each other, and so for a checkpoint to be written
 # -----------------------------------------------------------------------------
 
+METHODS = {  # the weight_bits that each takes, its own first; and the settings that make it what it is
+    "qgalore": ((8, 16), {}),
+    "galore": ((16, 8), {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}),  # a fixed gap: 2 is never met
+    "adamw": ((32, 16), {}),  # torch's, at full rank; 32: under autocast, if dtype is bfloat16
+    "adam8bit": ((16,), {"moments": "8bit"}),  # bitsandbytes', at full rank, stepped in backward
+    "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; nothing else is trained
+    "qlora": ((4,), {}),  # the same on NF4 (arXiv 2305.14314)
+}
+OF_MODEL = [f.name for f in fields(LLaMAConfig) if f.name not in ("block_size", "checkpoint_activations",
+                                                                  "checkpoint_bits")]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
               "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)
 
@@ -117,38 +133,61 @@ def learning_rate_at(it):
     return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
 
 
+def of_method(c):
+    """What the method of settings c makes of them. Exits with one line if they do not fit it."""
+    if c["method"] not in METHODS:
+        raise SystemExit(f"error: method {c['method']!r}: there are {', '.join(METHODS)}")
+    bits, own = METHODS[c["method"]]
+    if c["weight_bits"] and c["weight_bits"] not in bits:
+        raise SystemExit(f"error: weight_bits={c['weight_bits']}: {c['method']} has {' or '.join(map(str, bits))}")
+    return own | {"weight_bits": c["weight_bits"] or bits[0]}
+
+
 def build(c, device, dtype, ranks=None):
-    """The model and the optimizer of settings c."""
-    model, betas = LLaMA.from_settings(c, device, dtype), (c["beta1"], c["beta2"])
-    if c["method"] != "adamw":
+    """The model and the optimizer of settings c; its weights are those of the checkpoint c["load"], if there is one."""
+    load = (lambda model: hf.load_weights(model, c["load"], device, dtype)) if c.get("load") else None
+    model, betas = LLaMA.from_settings(c, device, dtype, load), (c["beta1"], c["beta2"])
+    if c["method"] in ("qgalore", "galore", "adam8bit"):
         return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
                               c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
-                              "8bit" if c["method"] == "adam8bit" else c["moments"], c["moments_at_refresh"],
-                              c["stochastic_rounding"], c["proj_svd"], c["accumulation"], c["grad_clip"], c["seed"],
-                              ranks)
-    matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": c["weight_decay"]}
-    vectors = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
+                              c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
+                              c["accumulation"], c["grad_clip"], c["seed"], ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
+    vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}
     return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
 
 
 def main():
     began, config = time.perf_counter(), configure(globals())
     config["n_kv_head"] = n_kv_head or n_head
-    if method not in ("qgalore", "adamw", "adam8bit"):
-        raise SystemExit(f"error: method {method!r}: there are qgalore, adamw and adam8bit")
+    config |= of_method(config)
+    checkpoint = load_checkpoint(out_dir) if init_from == "resume" else None
+    config["pretrained"] = checkpoint["config"].get("pretrained", "") if checkpoint else ""
     if init_from not in ("scratch", "resume"):
-        raise SystemExit(f"error: init_from {init_from!r}: there are scratch and resume")
+        try:
+            config["pretrained"], config["load"] = init_from, hf.local(init_from)
+            architecture = hf.settings(config["load"])
+        except ValueError as e:
+            raise SystemExit(f"error: {e}")
+        if block_size > architecture["block_size"]:
+            raise SystemExit(f"error: block_size {block_size}: {init_from} sees {architecture['block_size']} tokens")
+        config |= {key: architecture[key] for key in OF_MODEL if key in architecture}
+    elif config["pretrained"]:
+        config |= {key: checkpoint["config"][key] for key in OF_MODEL if key in checkpoint["config"]}
+    config["encoding"] = encoding or config["pretrained"] or "gpt2"
+    if checkpoint:
+        check_same_model(checkpoint, config)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "cuda"):
         raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
     for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters",
                 "log_interval", "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k",
-                "keep_checkpoints"):
+                "keep_checkpoints", "lora_alpha"):
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
-    for key, choices in (("proj_bits", (4, 8, 16)), ("weight_bits", (8, 16)), ("checkpoint_bits", (8, 16)),
-                         ("moments", MOMENTS), ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
+    for key, choices in (("proj_bits", (4, 8, 16)), ("checkpoint_bits", (8, 16)), ("moments", MOMENTS), ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
                          ("moments_at_refresh", AT_REFRESH)):
         if config[key] not in choices:
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
@@ -163,7 +202,7 @@ def main():
     if no_bf16:
         print("note: this GPU has no bfloat16: everything runs in float32, with twice the activations")
     compute_dtype = getattr(torch, name)
-    weight_dtype = torch.float32 if method == "adamw" else compute_dtype  # adamw: float32 weights under autocast
+    weight_dtype = torch.float32 if config["weight_bits"] == 32 else compute_dtype
 
     # the other ranks, if torchrun started this one
     facts = None if dry_run else config | {"device": kind, "dtype": name}
@@ -174,7 +213,8 @@ def main():
     # memory, before anything is allocated
     try:
         held = gradient_accumulation_steps if grad_clip else micro_batches  # with grad_clip ranks keep all gradients
-        plan = memory_plan(config | {"gradient_accumulation_steps": held}, build, weight_dtype, compute_dtype)
+        plan = memory_plan(config | {"gradient_accumulation_steps": held, "load": ""}, build, weight_dtype,
+                           compute_dtype)
         if ranks.size > 1:
             plan["sums in flight"] = 2 * IN_FLIGHT  # as they are sent, and in float32
     except ValueError as e:
@@ -187,14 +227,18 @@ def main():
 
     # data
     if main_rank and data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
-        prepare(input=data_input, out_dir=data_dir, encoding=encoding)
+        prepare(input=data_input, out_dir=data_dir, encoding=config["encoding"])
     ranks.agree({})  # the others wait for the shards
-    train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, vocab_size, seed)
-    val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, vocab_size)
+    vocabulary = [config["vocab_size"], None, 0, 0]
+    if config["pretrained"]:  # its rows of the embedding mean the tokens of its own tokenizer
+        tokens = get_encoding(config["encoding"])
+        vocabulary[2:] = tokens.n_vocab, fingerprint(tokens)
+    val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, *vocabulary)
+    vocabulary[1] = seed
+    train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, *vocabulary)
 
     # output folder
     log_path = os.path.join(out_dir, "log.jsonl")
-    checkpoint = load_checkpoint(out_dir, config) if init_from == "resume" else None
     start, train_data.position = (checkpoint["iter"], checkpoint["position"]) if checkpoint else (0, 0)
     ranks.agree({"training windows": train_data.total, "validation windows": val_data.total, "step": start})
     try:
@@ -218,10 +262,14 @@ def main():
 
     # model and optimizer
     torch.manual_seed(seed)
-    model, optimizer = build(config, kind, weight_dtype, ranks)
+    try:
+        model, optimizer = build(config, kind, weight_dtype, ranks)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
     if compile:
         model.compile_pointwise()
-    clamped = [] if method == "adamw" else [name for name, p in optimizer.projections.items() if p.rank < rank]
+    by_torch = isinstance(optimizer, torch.optim.Optimizer)
+    clamped = [] if by_torch else [name for name, p in optimizer.projections.items() if p.rank < rank]
     if clamped and main_rank:
         print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
               f"them: these train at full rank")
@@ -231,16 +279,21 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         del checkpoint
 
+    def on_device(batch):
+        return [t if t is None else t.to(kind, non_blocking=True) for t in batch]
+
     @torch.no_grad()
     def evaluate():
         val_data.position = 0
-        n, loss = max(1, min(eval_iters, val_data.total // batch_size)), 0.0
+        n, loss, counted = max(1, min(eval_iters, val_data.total // batch_size)), 0.0, 0
         for i in range(n):
-            x, y = val_data.batch(batch_size)
+            x, y, documents = on_device(val_data.batch(batch_size))
+            weight = (y >= 0).sum().item() if val_data.rows else 1  # by examples' targets, or all batches alike
+            counted += weight
             if i % ranks.size == ranks.rank:
                 with autocast:
-                    loss += model(x.to(kind), y.to(kind)).item()
-        return ranks.total(loss) / n
+                    loss += model(x, y, documents=documents).item() * weight
+        return ranks.total(loss) / max(1, counted)
 
     def state():
         """What all ranks hold alike, by name."""
@@ -309,20 +362,26 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=kind)
-        for micro in range(micro_batches):
-            x, y = (t.to(kind, non_blocking=True) for t in train_data.batch(batch_size, ranks.rank, ranks.size))
+        batches = [train_data.batch(batch_size, ranks.rank, ranks.size) for _ in range(micro_batches)]
+        weights = [1 / gradient_accumulation_steps] * micro_batches  # of each micro-batch's mean loss in the step's
+        if train_data.rows:  # micro-batches have unequal numbers of targets, and each target counts alike
+            targets = [(y >= 0).sum().item() for _, y, _ in batches]
+            weights = [n / max(1, ranks.total(sum(targets))) for n in targets]
+        for micro, batch in enumerate(batches):
+            x, y, documents = on_device(batch)
             optimizer.accumulating = micro < micro_batches - 1
             with autocast:
-                micro_loss = model(x, y) / gradient_accumulation_steps
+                micro_loss = model(x, y, documents=documents) * weights[micro]
             micro_loss.backward()  # for qgalore and adam8bit this is most of the step, too
             loss += micro_loss.detach()
-        if method == "adamw":
+        if by_torch:
             for p in model.parameters():
-                ranks.sum_(p.grad, lambda grad: None)
+                if p.grad is not None:
+                    ranks.sum_(p.grad, lambda grad: None)
             ranks.land()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizer.step()
-        if method == "adamw":
+        if by_torch:
             optimizer.zero_grad()
         it += 1
         bar.update()
@@ -339,7 +398,7 @@ def main():
             entry["peak_memory_gb"] = memory_peak(kind)
             if kind == "cuda":
                 entry["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB  # with what lies in fragments
-            stats = {"grad_norm": norm.item()} if method == "adamw" else optimizer.pop_stats()
+            stats = {"grad_norm": norm.item()} if by_torch else optimizer.pop_stats()
             entry.update(stats)
             if peak_flops:
                 entry["mfu"] = entry["tokens_per_s"] * model.flops_per_token() / (peak_flops * ranks.size)
@@ -360,10 +419,13 @@ def main():
     if sample_tokens:
         prompt = val_data.batch(1)[0][:, :32].to(kind)
         print("--- a sample: the prompt, then what the model makes of it")
-        stream(model, get_encoding(encoding), prompt, sample_tokens, temperature=0.7, top_k=40, top_p=1.0, seed=seed)
+        stream(model, get_encoding(config["encoding"]), prompt, sample_tokens, temperature=0.7, top_k=40, top_p=1.0, seed=seed)
     print(f"--- {out_dir}: val loss {val_loss:.4f}, peak memory {memory_peak(kind):.2f} GiB; see {out_dir}/loss.png")
     print(f"next: python sample.py --out_dir={out_dir} --prompt='The function'")
-    print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
+    if config["pretrained"]:
+        print(f"      python hf.py --out_dir={out_dir} --export={out_dir}-hf     # for transformers")
+    else:
+        print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
 
 
 if __name__ == "__main__":
