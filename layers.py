@@ -155,8 +155,8 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits h W^T, LOSS_CHUNK tokens at a time, so that (T, V) logits never exist.
 
     Each chunk's gradients are taken while its logits are at hand, in forward: one pass, no recomputation.
-    h (T, C), weight (V, C), targets (T,) int64 or -1. softcap: see LLaMAConfig.logit_softcap. Returns the loss, float32;
-    all targets -1 give 0."""
+    h (T, C), weight (V, C), targets (T,) int64 or -1. softcap: see LLaMAConfig.logit_softcap. Returns the loss,
+    float32; all targets -1 give 0."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, softcap, need_grad):

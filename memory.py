@@ -49,7 +49,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
     live, plan = Live(), {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, settings["gradient_accumulation_steps"])
-    if settings["moments"] == "8bit" or settings["weight_bits"] == 4:
+    if settings["moments"] == "8bit" or settings["weight_bits"] == 4 or settings["method"] in ("adam8bit", "qlora"):
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model, optimizer = build(settings, "cpu", weight_dtype)

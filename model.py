@@ -268,8 +268,8 @@ class LLaMA(nn.Module):
         return model
 
     def hidden(self, idx, caches=None, position=0, documents=None):
-        """The last norm's output (B, T, C) for tokens idx (B, T) int64. caches: one dict a block, filled as it goes, for
-        the `position` tokens seen before idx; of one row, if all rows of idx share them. documents: (B, T) int64: a
+        """The last norm's output (B, T, C) for tokens idx (B, T) int64. caches: one dict a block, filled as it goes,
+        for the `position` tokens seen before idx; of one row, if all rows of idx share them. documents: (B, T) int64: a
         token sees only tokens of its own number, so that a row may hold several texts, or padding at its left."""
         T, c = idx.shape[1], self.config
         x = self.embed(idx)  # (B, T, C)
@@ -307,8 +307,11 @@ class LLaMA(nn.Module):
         x = self.hidden(idx, caches, position, documents)
         if targets is None:
             return self.logits(x[:, -1])
-        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.logit_softcap,
-                              torch.is_grad_enabled())
+        x, targets = x.flatten(0, 1), targets.flatten()
+        if documents is not None:  # examples, of which few tokens may count: no logits of the others
+            at = (targets >= 0).nonzero()[:, 0]
+            x, targets = x[at], targets[at]
+        return HeadLoss.apply(x, self.head.weight, targets, self.config.logit_softcap, torch.is_grad_enabled())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -357,8 +360,8 @@ def last(x, n, dim):
 
 
 def attention_mask(past, T, window, documents, device):
-    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool. None if that is plainly
-    all before it. window: how many at most; documents: (B, past + T), or None."""
+    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool. None if that is
+    plainly all before it. window: how many at most; documents: (B, past + T), or None."""
     if documents is None and window >= past + T and not (past and T > 1):
         return None
     query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)

@@ -227,6 +227,7 @@ def bitsandbytes():
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # on a CPU it may miss fast 4-bit kernels, and says so
     import bitsandbytes.functional as bnb
 
+    bnb.quantize_blockwise(torch.zeros(1))  # it makes a table of its own at the first call: not on fake tensors
     return bnb, [bnb.create_dynamic_map(signed=signed) for signed in (True, False)]
 
 

@@ -1264,14 +1264,14 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_leave_cleanly(shards, tmp_p
     assert code == 0 and (step + 1, "loss") in read_log(tmp_path), err
 
 
-@pytest.mark.parametrize("method", ["qgalore", "adamw", "adam8bit"])
+@pytest.mark.parametrize("method", ["qgalore", "galore", "adamw", "adam8bit", "lora", "qlora"])
 def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tmp_path, method):
     code, out, err = run("train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}", *TINY_RUN, f"--method={method}",
                          "--max_iters=40", "--eval_interval=20", "--grad_clip=10", "--weight_decay=0.01",
                          "--sample_tokens=5")
     assert code == 0 and "next: " in out, err
     log = read_log(tmp_path)
-    assert log[40, "val_loss"] < log[0, "val_loss"] - 1
+    assert log[40, "val_loss"] < log[0, "val_loss"] - (0.5 if "lora" in method else 1)  # on random frozen weights
     with open(f"{tmp_path}/log.jsonl") as f:
         lines = [entry for entry in map(json.loads, f) if "loss" in entry]
     assert [entry["iter"] for entry in lines] == list(range(40))
@@ -1289,6 +1289,8 @@ def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tm
 
 @pytest.mark.parametrize("args", [[], ["--moments=8bit"], ["--checkpoint_activations=True", "--checkpoint_bits=8"],
                                   ["--gradient_accumulation_steps=2"], ["--method=adam8bit"], ["--method=adamw"],
+                                  ["--method=galore"], ["--method=lora"], ["--method=qlora"],
+                                  ["--freeze_embedding=True", "--accumulation=bfloat16"],
                                   ["--method=adamw", "--gradient_accumulation_steps=2"]])
 def test_the_memory_plan_is_what_a_real_step_takes(args):
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
@@ -1297,16 +1299,17 @@ def test_the_memory_plan_is_what_a_real_step_takes(args):
     plan = memory_plan(config, train.build, torch.float32, torch.float32)
     with Live() as live:
         model, optimizer = train.build(config, "cpu", torch.float32)
+        by_torch = isinstance(optimizer, torch.optim.Optimizer)
         for _ in range(2):
             for micro in range(config["gradient_accumulation_steps"]):
                 optimizer.accumulating = micro < config["gradient_accumulation_steps"] - 1
                 model(*tokens(4, 256, 512)).backward()
-            if config["method"] == "adamw":
+            if by_torch:
                 optimizer.step()
                 optimizer.zero_grad()
     count = lambda tensors: sum(t.nbytes for t in tensors)
     assert plan["weights"] == count([*model.parameters(), *model.buffers()])
-    if config["method"] != "adamw":
+    if not by_torch:
         moments = [t for m in optimizer.moments.values() for key, t in vars(m).items()
                    if isinstance(t, torch.Tensor) and not key.endswith("_codes")]  # those are made once for all
         assert plan["moments"] == pytest.approx(count(moments), abs=100)
@@ -1373,7 +1376,7 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     configure(settings, ["--learning_rate=1", "--max_iters=1e3", "--out_dir=7"])
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
-    bad = ["--method=sgd", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
+    bad = ["--method=sgd", "--weight_bits=4", "--lora_alpha=0", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
            "--moments=4bit", "--checkpoint_bits=4", "--matmul=int4", "--accumulation=half",
            "--moments_at_refresh=forget", "--keep_checkpoints=0"]
     usual = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN]
@@ -1432,19 +1435,18 @@ def test_damaged_foreign_and_misshapen_checkpoints_are_refused_and_never_run(sha
     assert run(*args)[0] == 0
     whole = open("ckpt.pt", "rb").read()
     one_line_error(run(*args, "--init_from=resume", "--n_embd=32"), "n_embd = 64", "32")
-    config = {"rank": 16}
     for content in (whole[: len(whole) // 2], b"", b"hello", pickle.dumps(Malice())):
         open("ckpt.pt", "wb").write(content)
         with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
-            train.load_checkpoint("", config)
+            train.load_checkpoint("")
     for content in ({"a": 1}, [1], {"model": Malice()}):
         torch.save(content, "ckpt.pt")
         with pytest.raises(SystemExit, match="error: ckpt.pt is damaged or not a checkpoint"):
-            train.load_checkpoint("", config)
+            train.load_checkpoint("")
     one_line_error(run("sample.py", f"--out_dir={tmp_path}"), "ckpt.pt")
     torch.save(dict.fromkeys(("config", "model", "optimizer", "iter", "position")), "ckpt.pt")
     with pytest.raises(SystemExit, match="made by another version"):
-        train.load_checkpoint("", config)
+        train.load_checkpoint("")
     assert not os.path.exists("malice")
     assert run(*args)[0] == 0  # from scratch: what was there is set aside
     assert os.path.exists("previous_ckpt.pt")

@@ -14,7 +14,6 @@ import os
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import fields
 
 # blocks of freed memory can grow and be reused at any size: without it, what lies in fragments counts against the card.
 # (torch 2.8 to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
@@ -23,16 +22,15 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from tqdm import tqdm
 
-import hf
 from checkpoint import check_same_model, load_checkpoint, paths, save_checkpoint
 from configurator import configure
 from data import Windows
 from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
-from model import LLaMA, LLaMAConfig
+from methods import build, of_method, of_model
+from moments import ACCUMULATION, AT_REFRESH, MOMENTS
 from parallel import IN_FLIGHT, Ranks
 from plot import plot_loss, read_log
 from prepare_c4 import prepare, replacing
-from qgalore import ACCUMULATION, AT_REFRESH, MOMENTS, QGaLore
 from sample import stream
 from tokenizer import fingerprint, get_encoding
 
@@ -71,7 +69,7 @@ checkpoint_activations = False  # compute each block's forward again in backward
 checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
-method = "qgalore"  # or "galore", "adamw", "adam8bit", "lora", "qlora": see METHODS
+method = "qgalore"  # or "galore", "adamw", "adam8bit", "lora", "qlora": see methods.py
 rank = 128  # of the projections, or of LoRA's adapters
 proj_gap = 200  # steps between a layer's refreshes, at first
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
@@ -107,16 +105,6 @@ seed = 1337
 rank_timeout = 600.0  # seconds that torchrun's ranks wait for each other, and so for a checkpoint to be written
 # -----------------------------------------------------------------------------
 
-METHODS = {  # the weight_bits that each takes, its own first; and the settings that make it what it is
-    "qgalore": ((8, 16), {}),
-    "galore": ((16, 8), {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}),  # a fixed gap: 2 is never met
-    "adamw": ((32, 16), {}),  # torch's, at full rank; 32: under autocast, if dtype is bfloat16
-    "adam8bit": ((16,), {"moments": "8bit"}),  # bitsandbytes', at full rank, stepped in backward
-    "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; nothing else is trained
-    "qlora": ((4,), {}),  # the same on NF4 (arXiv 2305.14314)
-}
-OF_MODEL = [f.name for f in fields(LLaMAConfig) if f.name not in ("block_size", "checkpoint_activations",
-                                                                  "checkpoint_bits")]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "4060 Ti": 44e12,
               "3060 Ti": 32e12, "3060": 25e12}  # dense bf16, float32 accumulation (NVIDIA's data sheets)
 
@@ -133,48 +121,12 @@ def learning_rate_at(it):
     return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
 
 
-def of_method(c):
-    """What the method of settings c makes of them. Exits with one line if they do not fit it."""
-    if c["method"] not in METHODS:
-        raise SystemExit(f"error: method {c['method']!r}: there are {', '.join(METHODS)}")
-    bits, own = METHODS[c["method"]]
-    if c["weight_bits"] and c["weight_bits"] not in bits:
-        raise SystemExit(f"error: weight_bits={c['weight_bits']}: {c['method']} has {' or '.join(map(str, bits))}")
-    return own | {"weight_bits": c["weight_bits"] or bits[0]}
-
-
-def build(c, device, dtype, ranks=None):
-    """The model and the optimizer of settings c; its weights are those of the checkpoint c["load"], if there is one."""
-    load = (lambda model: hf.load_weights(model, c["load"], device, dtype)) if c.get("load") else None
-    model, betas = LLaMA.from_settings(c, device, dtype, load), (c["beta1"], c["beta2"])
-    if c["method"] in ("qgalore", "galore", "adam8bit"):
-        return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
-                              c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
-                              c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
-                              c["accumulation"], c["grad_clip"], c["seed"], ranks)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
-    vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}
-    return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
-
-
 def main():
     began, config = time.perf_counter(), configure(globals())
     config["n_kv_head"] = n_kv_head or n_head
     config |= of_method(config)
     checkpoint = load_checkpoint(out_dir) if init_from == "resume" else None
-    config["pretrained"] = checkpoint["config"].get("pretrained", "") if checkpoint else ""
-    if init_from not in ("scratch", "resume"):
-        try:
-            config["pretrained"], config["load"] = init_from, hf.local(init_from)
-            architecture = hf.settings(config["load"])
-        except ValueError as e:
-            raise SystemExit(f"error: {e}")
-        if block_size > architecture["block_size"]:
-            raise SystemExit(f"error: block_size {block_size}: {init_from} sees {architecture['block_size']} tokens")
-        config |= {key: architecture[key] for key in OF_MODEL if key in architecture}
-    elif config["pretrained"]:
-        config |= {key: checkpoint["config"][key] for key in OF_MODEL if key in checkpoint["config"]}
+    config |= of_model(config, checkpoint)
     config["encoding"] = encoding or config["pretrained"] or "gpt2"
     if checkpoint:
         check_same_model(checkpoint, config)
@@ -187,7 +139,8 @@ def main():
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
-    for key, choices in (("proj_bits", (4, 8, 16)), ("checkpoint_bits", (8, 16)), ("moments", MOMENTS), ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
+    for key, choices in (("proj_bits", (4, 8, 16)), ("checkpoint_bits", (8, 16)), ("moments", MOMENTS),
+                         ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
                          ("moments_at_refresh", AT_REFRESH)):
         if config[key] not in choices:
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
@@ -205,7 +158,7 @@ def main():
     weight_dtype = torch.float32 if config["weight_bits"] == 32 else compute_dtype
 
     # the other ranks, if torchrun started this one
-    facts = None if dry_run else config | {"device": kind, "dtype": name}
+    facts = None if dry_run else config | {"device": kind, "dtype": name, "load": ""}
     ranks = Ranks(kind, facts, rank_timeout, gradient_accumulation_steps)
     main_rank = ranks.rank == 0  # the one that writes
     micro_batches = gradient_accumulation_steps // ranks.size  # of this rank
@@ -229,13 +182,11 @@ def main():
     if main_rank and data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
         prepare(input=data_input, out_dir=data_dir, encoding=config["encoding"])
     ranks.agree({})  # the others wait for the shards
-    vocabulary = [config["vocab_size"], None, 0, 0]
-    if config["pretrained"]:  # its rows of the embedding mean the tokens of its own tokenizer
-        tokens = get_encoding(config["encoding"])
-        vocabulary[2:] = tokens.n_vocab, fingerprint(tokens)
-    val_data = Windows(os.path.join(data_dir, "*_val_*.bin"), block_size, *vocabulary)
-    vocabulary[1] = seed
-    train_data = Windows(os.path.join(data_dir, "*_train_*.bin"), block_size, *vocabulary)
+    tokens = get_encoding(config["encoding"]) if config["pretrained"] else None  # whose numbers the embedding's rows are
+    vocabulary = {"n_vocab": tokens.n_vocab, "fingerprint": fingerprint(tokens)} if tokens else {}
+    windows = lambda part, seed: Windows(os.path.join(data_dir, f"*_{part}_*.bin"), block_size, config["vocab_size"],
+                                         seed, **vocabulary)
+    train_data, val_data = windows("train", seed), windows("val", None)
 
     # output folder
     log_path = os.path.join(out_dir, "log.jsonl")

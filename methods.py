@@ -1,0 +1,66 @@
+"""
+The methods that train.py compares, each a few settings of one loop: what they train, in which format, by which optimizer.
+"""
+
+from dataclasses import fields
+
+import torch
+
+import hf
+from model import LLaMA, LLaMAConfig
+from qgalore import QGaLore
+
+METHODS = {  # the weight_bits that each takes, its own first; and the settings that make it what it is
+    "qgalore": ((8, 16), {}),
+    "galore": ((16, 8), {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}),  # a fixed gap: 2 is never met
+    "adamw": ((32, 16), {}),  # torch's, at full rank; 32: under autocast, if dtype is bfloat16
+    "adam8bit": ((16,), {"moments": "8bit"}),  # bitsandbytes', at full rank, stepped in backward
+    "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; nothing else is trained
+    "qlora": ((4,), {}),  # the same on NF4 (arXiv 2305.14314)
+}
+OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # LLaMAConfig's fields that no checkpoint brings
+
+
+def of_method(c):
+    """What the method of settings c makes of them. Exits with one line if they do not fit it."""
+    if c["method"] not in METHODS:
+        raise SystemExit(f"error: method {c['method']!r}: there are {', '.join(METHODS)}")
+    bits, own = METHODS[c["method"]]
+    if c["weight_bits"] and c["weight_bits"] not in bits:
+        raise SystemExit(f"error: weight_bits={c['weight_bits']}: {c['method']} has {' or '.join(map(str, bits))}")
+    return own | {"weight_bits": c["weight_bits"] or bits[0]}
+
+
+def of_model(c, checkpoint=None):
+    """What the model that a run of settings c starts from, by init_from, makes of them: the fields of LLaMAConfig;
+    `pretrained`, the Hugging Face checkpoint that it comes from, or ""; `load`, the directory to fill it from, or "".
+    checkpoint: the run's own, where it is resumed."""
+    before = checkpoint["config"] if checkpoint else {}
+    found = {"pretrained": before.get("pretrained", ""), "load": ""}
+    if c["init_from"] not in ("scratch", "resume"):
+        try:
+            found |= {"pretrained": c["init_from"], "load": hf.local(c["init_from"])}
+            before = hf.settings(found["load"])
+        except ValueError as e:
+            raise SystemExit(f"error: init_from: {e}")
+        if c["block_size"] > before["block_size"]:
+            raise SystemExit(f"error: block_size {c['block_size']}: {c['init_from']} sees {before['block_size']} tokens")
+    if found["pretrained"]:
+        found |= {f.name: before[f.name] for f in fields(LLaMAConfig) if f.name in before and f.name not in OF_RUN}
+    return found
+
+
+def build(c, device, dtype, ranks=None):
+    """The model and the optimizer of settings c; its weights are those of the checkpoint c["load"], if there is one."""
+    c = c | of_method(c)
+    load = (lambda model: hf.load_weights(model, c["load"], device, dtype)) if c.get("load") else None
+    model, betas = LLaMA.from_settings(c, device, dtype, load), (c["beta1"], c["beta2"])
+    if c["method"] in ("qgalore", "galore", "adam8bit"):
+        return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
+                              c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
+                              c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
+                              c["accumulation"], c["grad_clip"], c["seed"], ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
+    vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}
+    return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
