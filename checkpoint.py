@@ -89,9 +89,10 @@ def load_model(path, device, dtype=None, weight_bits=8):
     """(model, name of its encoding) of `path`: a run's folder, as it was trained, or a Hugging Face directory or
     repository, its matrices in weight_bits. dtype: of what is not quantised; None: as a run saved it, bfloat16 on a GPU
     and float32 on a CPU for Hugging Face's. Raises ValueError, or exits with one line, if it cannot be read."""
-    if not paths(path) and (os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)):
+    ours = paths(path) or os.path.exists(os.path.join(path, "log.jsonl"))
+    if not ours and (os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)):
         path = hf.local(path)
-        native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # CPUs take 5 times as long in bfloat16
+        native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # slow on CPUs
         return hf.load(path, weight_bits, dtype or native, device), path
     checkpoint = read_checkpoint((paths(path) or [os.path.join(path, "ckpt.pt")])[0])
     config, weights = checkpoint["config"], checkpoint["model"]

@@ -39,8 +39,9 @@ GEMMA2_NAMES = {"mlp_norm": "pre_feedforward_layernorm", "attn_post_norm": "post
                 "mlp_post_norm": "post_feedforward_layernorm"}
 
 
-def local(path):
-    """The directory of a checkpoint: `path` itself, or what a hub repository "owner/name" is downloaded to."""
+def local(path, weights=True):
+    """The directory of a checkpoint: `path` itself, or what a hub repository "owner/name" is downloaded to, with or
+    without its weights."""
     if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
@@ -48,7 +49,8 @@ def local(path):
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer*"],
+        wanted = ["*.json", "*.jinja", "*.txt", "tokenizer*"] + ["*.safetensors"] * weights
+        return snapshot_download(path, allow_patterns=wanted,
                                  ignore_patterns=["consolidated*", "original/*"])  # Mistral's and Meta's second copies
     except Exception as e:  # its own, its HTTP client's, the file system's
         raise ValueError(f"{path} is no directory, and as a repository was not fetched: {first_line(e)}")

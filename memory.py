@@ -68,6 +68,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
                     micro_batch(True)
                 optimizer.step()
                 optimizer.zero_grad()
+            plan["moments"] = sum(t.nbytes for of in optimizer.state.values() for t in of.values())
         else:
             plan["moments"] = live.now - plan["weights"]
             if micro_batches > 1:  # the first step: every layer sums up a sketch

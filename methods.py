@@ -39,7 +39,7 @@ def of_model(c, checkpoint=None):
     found = {"pretrained": before.get("pretrained", ""), "load": ""}
     if c["init_from"] not in ("scratch", "resume"):
         try:
-            found |= {"pretrained": c["init_from"], "load": hf.local(c["init_from"])}
+            found |= {"pretrained": c["init_from"], "load": hf.local(c["init_from"], not c["dry_run"])}
             before = hf.settings(found["load"])
         except ValueError as e:
             raise SystemExit(f"error: init_from: {e}")

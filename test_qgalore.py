@@ -34,10 +34,6 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run in numpy; read when kernels.py is imported
-
 import kernels
 import prepare_c4
 import quant
@@ -54,6 +50,7 @@ from qgalore import Projection, QGaLore, similarity
 from quant import (add_bfloat16_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key,
                    stochastic_round, uniform)
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = os.path.dirname(os.path.abspath(__file__))
 INTERPRETED = DEVICE == "cpu"  # Triton's interpreter rounds to bfloat16 towards zero, and multiplies bfloat16's bits
 

@@ -1,0 +1,19 @@
+# SmolLM2-135M learns a movie review's sentiment (SST-2: sentence TAB label), on two CPU cores in minutes. First its shards:
+#   python prepare_sft.py --input='sst2/*.tsv' --columns=sentence,label --labels=negative,positive --out_dir=data/sst2 \
+#       --encoding=HuggingFaceTB/SmolLM2-135M-Instruct --prompt='Review: {sentence}\nSentiment:' \
+#       --completion=' {label}' --block_size=256
+init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
+out_dir = "out-smollm2"
+data_dir = "data/sst2"
+block_size = 256
+batch_size = 1  # a row holds eight or nine reviews
+
+freeze_embedding = True
+rank = 64
+proj_gap = 20
+learning_rate = 0.001
+max_iters = 60
+warmup_iters = 6
+eval_interval = 60
+eval_iters = 15
+log_interval = 5
