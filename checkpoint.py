@@ -65,8 +65,8 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(out_dir):
-    """The newest whole checkpoint of out_dir, with its "path", and the paths of newer ones under "damaged". Exits with one
-    line if there is none."""
+    """The newest whole checkpoint of out_dir, with its "path", and the paths of newer ones under "damaged". Exits with
+    one line if there is none."""
     candidates = paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")]
     for path in candidates:
         try:
@@ -81,8 +81,8 @@ def check_same_model(checkpoint, config):
     """Exit with one line if a checkpoint is of another model or method than `config`."""
     for key in SHAPE_KEYS:
         if checkpoint["config"].get(key, config[key]) != config[key]:
-            raise SystemExit(f"error: {checkpoint['path']} was trained with {key} = {checkpoint['config'][key]!r}, this "
-                             f"run has {config[key]!r}")
+            raise SystemExit(f"error: {checkpoint['path']} was trained with {key} = {checkpoint['config'][key]!r}, "
+                             f"this run has {config[key]!r}")
 
 
 def load_model(path, device, dtype=None, weight_bits=8):

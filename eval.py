@@ -48,7 +48,7 @@ shots_data = ""  # '': the first records of data, which are then not asked
 max_new_tokens = 256  # of an answer of generate
 stop = "Question:"  # it ends before this; '': at end-of-text alone
 device = "auto"
-dtype = "auto"  # of what is not in 8 bits: bfloat16, float32; auto: as it was saved
+dtype = "auto"  # of what is not in 8 bits; auto: as a run saved it; for Hugging Face's float32 on a CPU, else bfloat16
 weight_bits = 8  # of a Hugging Face model's linear layers: 8, or 16: as they are
 # -----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """
-The methods that train.py compares, each a few settings of one loop: what they train, in which format, by which optimizer.
+The methods that train.py compares, each a few settings of one loop: what it trains, in which format, by which optimizer;
+and the model that a run starts from.
 """
 
 from dataclasses import fields
@@ -43,8 +44,8 @@ def of_model(c, checkpoint=None):
             before = hf.settings(found["load"])
         except ValueError as e:
             raise SystemExit(f"error: init_from: {e}")
-        if c["block_size"] > before["block_size"]:
-            raise SystemExit(f"error: block_size {c['block_size']}: {c['init_from']} sees {before['block_size']} tokens")
+        if c["block_size"] > (most := before["block_size"]):
+            raise SystemExit(f"error: block_size {c['block_size']}: {c['init_from']} sees {most} tokens")
     if found["pretrained"]:
         found |= {f.name: before[f.name] for f in fields(LLaMAConfig) if f.name in before and f.name not in OF_RUN}
     return found

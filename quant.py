@@ -224,7 +224,7 @@ def dequantize_int4(packed, scale, zero, dtype=torch.float32):
 def bitsandbytes():
     """Its functions, and the values of its codes for the first and the second moment. Importing it takes longer than
     importing torch, and only "8bit" moments and NF4 need it."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # on a CPU it may miss fast 4-bit kernels, and says so
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # CPUs may miss 4-bit kernels, it says
     import bitsandbytes.functional as bnb
 
     bnb.quantize_blockwise(torch.zeros(1))  # it makes a table of its own at the first call: not on fake tensors
@@ -232,8 +232,8 @@ def bitsandbytes():
 
 
 def quantize_nf4(w):
-    """Quantise a matrix to QLoRA's 4 bits (arXiv 2305.14314): 16 quantiles of a normal distribution, blocks of 64, whose
-    maxima are in 8 bits again. By bitsandbytes; frozen weights only. w: (rows, cols), any float dtype.
+    """Quantise a matrix to QLoRA's 4 bits (arXiv 2305.14314): 16 quantiles of a normal distribution, in blocks of 64,
+    whose maxima are in 8 bits again. By bitsandbytes; frozen weights only. w: (rows, cols), any float dtype.
 
     Returns packed uint8 (rows * cols / 2, 1), absmax uint8, absmax_scale float32, absmax_mean float32 ()."""
     bnb = bitsandbytes()[0]
@@ -245,7 +245,8 @@ def dequantize_nf4(packed, absmax, absmax_scale, absmax_mean, shape, dtype=torch
     """The inverse of quantize_nf4: `shape` in `dtype`."""
     bnb, codes = bitsandbytes()
     nested = bnb.QuantState(absmax_scale, code=codes[0].to(packed.device), blocksize=256, dtype=torch.float32)
-    state = bnb.QuantState(absmax, shape, bnb.get_4bit_type("nf4", packed.device), 64, "nf4", dtype, absmax_mean, nested)
+    quantiles = bnb.get_4bit_type("nf4", packed.device)
+    state = bnb.QuantState(absmax, shape, quantiles, 64, "nf4", dtype, absmax_mean, nested)
     return bnb.dequantize_4bit(packed, state)
 
 

@@ -46,7 +46,7 @@ def test_nf4_weights_take_a_little_over_half_a_byte_and_are_bitsandbytes_own():
     expected = bnb.dequantize_4bit(*bnb.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4"))
     assert torch.equal(layer.base_weight(), expected)
     assert (expected - w).abs().mean() < 0.1 * w.abs().mean()
-    assert sum(t.nbytes for t in layer.buffers()) == w.numel() // 2 + w.numel() // 64 + 8  # one maximum of maxima, a mean
+    assert sum(t.nbytes for t in layer.buffers()) == w.numel() // 2 + w.numel() // 64 + 8  # maximum of maxima, mean
     other = QLinear(128, 96, bits=4)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.base_weight(), expected)
@@ -203,8 +203,9 @@ def test_the_readmes_roberta_learns_sentiment(tmp_path, monkeypatch):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(["a film awful dull bad lovely fine good"], trainers.WordLevelTrainer(
         special_tokens=special))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
-                            model_input_names=["input_ids", "attention_mask"]).save_pretrained(tmp_path / "roberta-base")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"]).save_pretrained(tmp_path / "roberta-base")
     torch.manual_seed(0)
     RobertaForSequenceClassification(RobertaConfig(
         vocab_size=13, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,

@@ -1373,8 +1373,8 @@ def test_bad_settings_are_one_line_and_an_exit_code(shards, tmp_path, capsys):
     configure(settings, ["--learning_rate=1", "--max_iters=1e3", "--out_dir=7"])
     assert settings == {"learning_rate": 1.0, "max_iters": 1000, "out_dir": "7", "compile": False}
     one_line_error(run("train.py", "--learning_rat=1"), "learning_rate")
-    bad = ["--method=sgd", "--weight_bits=4", "--lora_alpha=0", "--init_from=nowhere", "--device=tpu", "--dtype=int8", "--n_head=7", "--rank=0",
-           "--moments=4bit", "--checkpoint_bits=4", "--matmul=int4", "--accumulation=half",
+    bad = ["--method=sgd", "--weight_bits=4", "--lora_alpha=0", "--init_from=nowhere", "--device=tpu", "--dtype=int8",
+           "--n_head=7", "--rank=0", "--moments=4bit", "--checkpoint_bits=4", "--matmul=int4", "--accumulation=half",
            "--moments_at_refresh=forget", "--keep_checkpoints=0"]
     usual = ["train.py", f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN]
     one_after_the_other = f"""

@@ -1,5 +1,5 @@
 """
-Train a LLaMA on token shards with Q-GaLore, or full-rank Adam, GaLore, LoRA to compare, on one GPU, several, or the CPU:
+Train a LLaMA on token shards by Q-GaLore, or by full-rank Adam, GaLore, LoRA to compare, on GPUs, or the CPU:
     python train.py config/demo.py                          # minutes on any machine, nothing to download
     python train.py config/llama_7b.py --dry_run=True       # what it takes, before it takes it
     python train.py config/llama_7b.py --init_from=resume   # go on after a stop
@@ -182,7 +182,7 @@ def main():
     if main_rank and data_input and not glob.glob(os.path.join(data_dir, "*_train_*.bin")):
         prepare(input=data_input, out_dir=data_dir, encoding=config["encoding"])
     ranks.agree({})  # the others wait for the shards
-    tokens = get_encoding(config["encoding"]) if config["pretrained"] else None  # whose numbers the embedding's rows are
+    tokens = get_encoding(config["encoding"]) if config["pretrained"] else None  # its numbers are the embedding's rows
     vocabulary = {"n_vocab": tokens.n_vocab, "fingerprint": fingerprint(tokens)} if tokens else {}
     windows = lambda part, seed: Windows(os.path.join(data_dir, f"*_{part}_*.bin"), block_size, config["vocab_size"],
                                          seed, **vocabulary)
@@ -370,7 +370,8 @@ def main():
     if sample_tokens:
         prompt = val_data.batch(1)[0][:, :32].to(kind)
         print("--- a sample: the prompt, then what the model makes of it")
-        stream(model, get_encoding(config["encoding"]), prompt, sample_tokens, temperature=0.7, top_k=40, top_p=1.0, seed=seed)
+        stream(model, get_encoding(config["encoding"]), prompt, sample_tokens, temperature=0.7, top_k=40, top_p=1.0,
+               seed=seed)
     print(f"--- {out_dir}: val loss {val_loss:.4f}, peak memory {memory_peak(kind):.2f} GiB; see {out_dir}/loss.png")
     print(f"next: python sample.py --out_dir={out_dir} --prompt='The function'")
     if config["pretrained"]:
