@@ -1,6 +1,6 @@
 """
-The methods that train.py compares, each a few settings of one loop: what it trains, in which format, by which optimizer;
-and the model that a run starts from.
+The methods that train.py compares, each a few settings of one loop: what it trains, in which format, by which
+optimizer; and the model that a run starts from.
 """
 
 from dataclasses import fields

@@ -5,6 +5,7 @@ The methods that train.py compares, and fine-tuning from a checkpoint to a check
 
 import copy
 import json
+import random
 import re
 import shutil
 import subprocess

@@ -317,7 +317,8 @@ def main():
         weights = [1 / gradient_accumulation_steps] * micro_batches  # of each micro-batch's mean loss in the step's
         if train_data.rows:  # micro-batches have unequal numbers of targets, and each target counts alike
             targets = [(y >= 0).sum().item() for _, y, _ in batches]
-            weights = [n / max(1, ranks.total(sum(targets))) for n in targets]
+            of_step = max(1, ranks.total(sum(targets)))
+            weights = [n / of_step for n in targets]
         for micro, batch in enumerate(batches):
             x, y, documents = on_device(batch)
             optimizer.accumulating = micro < micro_batches - 1
