@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
-from layers import GLU, LOSS_CHUNK, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, rope
+from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, rope
 from quant import GROUP_SIZE, dequantize_nf4, quantize_int8, quantize_nf4
 
 INIT_STD = 0.02

@@ -189,7 +189,7 @@ def test_what_does_not_fit_a_checkpoint_is_refused_in_one_line(checkpoint, shard
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     one_line_error(run(*args, f"--init_from={broken}", f"--data_dir={checkpoint}/data"), "model.safetensors")
-    assert not (tmp_path / "out" / "ckpt.pt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_readmes_roberta_learns_sentiment(tmp_path, monkeypatch):

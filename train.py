@@ -188,6 +188,13 @@ def main():
                                          seed, **vocabulary)
     train_data, val_data = windows("train", seed), windows("val", None)
 
+    # model and optimizer, before anything is written: a checkpoint may turn out to be damaged
+    torch.manual_seed(seed)
+    try:
+        model, optimizer = build(config, kind, weight_dtype, ranks)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+
     # output folder
     log_path = os.path.join(out_dir, "log.jsonl")
     start, train_data.position = (checkpoint["iter"], checkpoint["position"]) if checkpoint else (0, 0)
@@ -211,12 +218,6 @@ def main():
     except OSError as e:
         raise SystemExit(f"error: cannot write to out_dir {out_dir}: {e.strerror}")
 
-    # model and optimizer
-    torch.manual_seed(seed)
-    try:
-        model, optimizer = build(config, kind, weight_dtype, ranks)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}")
     if compile:
         model.compile_pointwise()
     by_torch = isinstance(optimizer, torch.optim.Optimizer)
