@@ -18,7 +18,7 @@ from prepare_c4 import replacing
 FORMAT = 2  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
               "weight_bits", "weight_group_size", "rank", "lora_alpha", "proj_bits", "moments",
-              "freeze_embedding")
+              "freeze_embedding", "embed_bits")
 
 
 def paths(out_dir):
@@ -89,13 +89,14 @@ def load_model(path, device, dtype=None, weight_bits=8):
     """(model, name of its encoding) of `path`: a run's folder, as it was trained, or a Hugging Face directory or
     repository, its matrices in weight_bits. dtype: of what is not quantised; None: as a run saved it, bfloat16 on a GPU
     and float32 on a CPU for Hugging Face's. Raises ValueError, or exits with one line, if it cannot be read."""
+    native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # slow on CPUs
     ours = paths(path) or os.path.exists(os.path.join(path, "log.jsonl"))
     if not ours and (os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)):
         path = hf.local(path)
-        native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # slow on CPUs
         return hf.load(path, weight_bits, dtype or native, device), path
     checkpoint = read_checkpoint((paths(path) or [os.path.join(path, "ckpt.pt")])[0])
     config, weights = checkpoint["config"], checkpoint["model"]
-    model = LLaMA.from_settings(config, device, dtype or weights["embed.weight"].dtype)
+    saved = weights["embed.weight"].dtype if "embed.weight" in weights else native  # an INT8 embedding has no say
+    model = LLaMA.from_settings(config, device, dtype or saved)
     model.load_state_dict(weights)
     return model, config["encoding"]

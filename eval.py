@@ -77,7 +77,7 @@ def loglikelihoods(model, rows):
     Rows with one input are computed once (choices of one token), and so is what all inputs begin with (MMLU's
     examples): in a cache, which the rest of each follows, padded on the right, where causal attention does not look.
     Logits exist for ids[start:] alone, layers.LOSS_CHUNK tokens at a time."""
-    device, caches = model.embed.weight.device, None
+    device, caches = model.norm.weight.device, None
     inputs = {ids[:-1].tobytes(): ids[:-1] for ids, _ in rows}
     line_of, inputs = {key: i for i, key in enumerate(inputs)}, list(inputs.values())
     shared, length = min(start - 1 for _, start in rows) if len(inputs) > 1 else 0, max(map(len, inputs))
@@ -100,7 +100,7 @@ def greedy(model, encoding, prompts, max_new_tokens, stop=""):
     """The likeliest tokens, one by one, after each of prompts ((T,) int64 arrays), as text: up to max_new_tokens, to
     end-of-text, or to the string `stop`, neither included. Prompts are padded on the left, and the padding is another
     document, which the text does not see."""
-    device, length = model.embed.weight.device, max(map(len, prompts))
+    device, length = model.norm.weight.device, max(map(len, prompts))
     idx = torch.tensor(np.array([np.pad(ids, (length - len(ids), 0)) for ids in prompts]), device=device)  # (B, T)
     documents = torch.tensor([[int(t >= length - len(ids)) for t in range(length)] for ids in prompts], device=device)
     documents = None if documents.all() else documents  # no padding, no mask

@@ -21,12 +21,12 @@ from configurator import configure
 from hf_config import config_json, read_json, settings
 from kernels import dequantize_int8
 from layers import RMSNorm
-from model import LLaMA, QLinear
+from model import LLaMA, QLinear, QMatrix
 from tokenizer import first_line
 
 out_dir = "out"  # the run whose newest checkpoint to export
 export = ""  # the directory to make
-int8 = False  # QLinear weights as they are: codes, scale and zero. False: all in bfloat16, adapters merged
+int8 = False  # INT8 weights as they are: codes, scale and zero. False: all in bfloat16, adapters merged
 
 _shard = 2 * 2**30  # bytes of a safetensors file
 INT8_NAMES = ("q", "scale", "zero")
@@ -62,8 +62,7 @@ def _hf_names(model):
     found = {}
     for name, module in model.named_modules():
         prefix = ".".join(names.get(part, part) for part in name.split("."))
-        if isinstance(module, QLinear) or hasattr(module, "weight") and not (
-                name == "head" and model.config.tie_embedding):
+        if isinstance(module, QMatrix) or hasattr(module, "weight"):  # a tied head is the embedding itself, met once
             found[f"{prefix}.weight"] = module, "weight"
             if getattr(module, "bias", None) is not None:
                 found[f"{prefix}.bias"] = module, "bias"
@@ -107,7 +106,7 @@ def _open(file):
 def load_weights(model, path, device="cpu", dtype=torch.float32):
     """Fill a LLaMA, built on the meta device, from the checkpoint directory `path`, one tensor after the other.
 
-    dtype: of embedding, head and unquantised matrices; norms and biases of QLinears are float32. Raises ValueError,
+    dtype: of unquantised matrices, embedding and head among them; norms and biases of QLinears are float32. Raises ValueError,
     naming file and tensor, for a file or tensor that is missing, damaged, of another shape, unknown, or not finite."""
     held, wanted, tied = _files(path), _hf_names(model), model.config.tie_embedding
     held = {name: file for name, file in held.items()
@@ -121,7 +120,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
         raise ValueError(f"{held[name]}: tensor {name} has no place in {model.config.architecture}")
     gemma = model.config.architecture.startswith("Gemma")
     for name, (module, kind) in wanted.items():
-        matrix = isinstance(module, QLinear) and kind == "weight"
+        matrix = isinstance(module, QMatrix) and kind == "weight"
         shape = (module.out_features, module.in_features) if matrix else getattr(module, kind).shape
         if name in codes:
             groups = (shape[0], None)
@@ -136,13 +135,12 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
             t = _read(held, name, shape)
         if matrix:
             module.set_weight(t.to(device, dtype, copy=True) if module.bits == 16 else t.to(device))
+            del t  # before the next is read
             continue
         norm = isinstance(module, RMSNorm)
-        t = t.to(device, torch.float32 if norm or isinstance(module, QLinear) else dtype, copy=True)
+        t = t.to(device, torch.float32 if norm or isinstance(module, QMatrix) else dtype, copy=True)
         t = t + 1 if norm and gemma else t  # Gemma's norms multiply by 1 + w
         setattr(module, kind, nn.Parameter(t, getattr(module, kind).requires_grad))
-    if tied:
-        model.head.weight = model.embed.weight
 
 
 def _read(held, name, shape, dtype=None):
@@ -159,13 +157,14 @@ def _read(held, name, shape, dtype=None):
     return t
 
 
-def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256):
-    """The LLaMA of a checkpoint: a directory, or a hub repository's name. weight_bits: 4 (NF4), 8 or 16 (in `dtype`).
-    group_size: of INT8, unless the checkpoint is in INT8 already. Raises ValueError, in one line, for what it cannot
+def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256, embed_bits=16):
+    """The LLaMA of a checkpoint: a directory, or a hub repository's name. weight_bits: 4 (NF4), 8 or 16 (in `dtype`);
+    embed_bits, of embedding and head: 8 or 16. group_size: of INT8, unless the checkpoint is in INT8 already. Raises ValueError, in one line, for what it cannot
     read."""
     path = local(path)
     groups = (read_json(path, "config.json").get("quantization_config") or {}).get("group_size", group_size)
-    c = settings(path) | {"method": "qgalore", "weight_bits": weight_bits, "weight_group_size": groups}
+    c = settings(path) | {"method": "qgalore", "weight_bits": weight_bits, "weight_group_size": groups,
+                          "embed_bits": embed_bits}
     return LLaMA.from_settings(c, device, dtype, lambda model: load_weights(model, path, device, dtype))
 
 
@@ -173,7 +172,7 @@ def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256
 def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
     """Write a LLaMA as the directory `path`, which transformers loads: weights in `dtype`, adapters merged.
 
-    int8: the QLinears' codes, scale and zero instead (NAME.q, NAME.scale, NAME.zero), which load() takes back bit for
+    int8: the QMatrices' codes, scale and zero instead (NAME.q, NAME.scale, NAME.zero), which load() takes back bit for
     bit. like: the checkpoint directory that the model came from, whose tokenizer is copied. The directory takes its
     name when it is complete. Raises ValueError if it exists, or if int8 finds weights that are not INT8."""
     from safetensors import SafetensorError
@@ -192,10 +191,10 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
 
     def tensors():
         for name, (module, kind) in _hf_names(model).items():
-            if int8 and kind == "weight" and isinstance(module, QLinear):
+            if int8 and kind == "weight" and isinstance(module, QMatrix):
                 for part in INT8_NAMES:
                     yield name.removesuffix("weight") + part, getattr(module, part)
-            elif kind == "weight" and isinstance(module, QLinear):
+            elif kind == "weight" and isinstance(module, QMatrix):
                 yield name, module.float_weight(dtype)
             else:
                 t = getattr(module, kind).detach()

@@ -151,11 +151,26 @@ class Checkpoint(torch.autograd.Function):
         return x.grad, *[None] * (2 + len(ctx.args))
 
 
+def slices(weight, dtype):
+    """(slice of rows, these rows) of a head's weight: a tensor in one, a QEmbedding in several, made float in `dtype`."""
+    return [(slice(None), weight)] if isinstance(weight, torch.Tensor) else weight.slices(dtype)
+
+
+def head_logits(h, weight):
+    """h W^T (..., V), float32, of h (..., C) and a head's weight (V, C): a tensor, or a QEmbedding."""
+    if isinstance(weight, torch.Tensor):
+        return F.linear(h, weight).float()
+    logits = torch.empty(*h.shape[:-1], weight.out_features, device=h.device)
+    for at, rows in slices(weight, h.dtype):
+        logits[..., at] = F.linear(h, rows)
+    return logits
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits h W^T, LOSS_CHUNK tokens at a time, so that (T, V) logits never exist.
 
     Each chunk's gradients are taken while its logits are at hand, in forward: one pass, no recomputation.
-    h (T, C), weight (V, C), targets (T,) int64 or -1. softcap: see LLaMAConfig.logit_softcap. Returns the loss,
+    h (T, C), weight (V, C), a tensor or a QEmbedding, targets (T,) int64 or -1. softcap: see LLaMAConfig.logit_softcap. Returns the loss,
     float32; all targets -1 give 0."""
 
     @staticmethod
@@ -166,7 +181,7 @@ class HeadLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight) if need_grad and ctx.needs_input_grad[1] else None  # a frozen head has none
         for i in chunks(h, len(h), LOSS_CHUNK):
             x, t = h[i : i + LOSS_CHUNK], targets[i : i + LOSS_CHUNK, None]
-            logits = F.linear(x, weight).float()  # (chunk, V), in place from here to its gradient
+            logits = head_logits(x, weight)  # (chunk, V), in place from here to its gradient
             if softcap:
                 logits = logits.div_(softcap).tanh_()
                 slope = 1 - logits.square() if need_grad else None
@@ -179,7 +194,7 @@ class HeadLoss(torch.autograd.Function):
             if need_grad:
                 g = logits.mul_(valid / (n * z)).scatter_add_(1, t, -valid / n)  # (softmax - one-hot) / n
                 g = (g.mul_(slope) if softcap else g).to(h.dtype)
-                dh[i : i + LOSS_CHUNK] = g @ weight
+                dh[i : i + LOSS_CHUNK] = sum(g[:, at] @ rows for at, rows in slices(weight, g.dtype))
                 if dw is not None:
                     dw.addmm_(g.T, x)
         ctx.has_dw = dw is not None

@@ -29,6 +29,8 @@ def of_method(c):
     bits, own = METHODS[c["method"]]
     if c["weight_bits"] and c["weight_bits"] not in bits:
         raise SystemExit(f"error: weight_bits={c['weight_bits']}: {c['method']} has {' or '.join(map(str, bits))}")
+    if c.get("embed_bits", 16) == 8 and not c["freeze_embedding"] and "lora" not in c["method"]:
+        raise SystemExit("error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True")
     return own | {"weight_bits": c["weight_bits"] or bits[0]}
 
 

@@ -23,34 +23,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
-from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, rope
-from quant import GROUP_SIZE, dequantize_nf4, quantize_int8, quantize_nf4
+from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, head_logits, rope
+from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
 
 INIT_STD = 0.02
 BUFFERS = {4: ("packed", "absmax", "absmax_scale", "absmax_mean"), 8: ("q", "scale", "zero"), 16: ("weight",)}
 
 
-class QLinear(nn.Module):
-    """y = x W^T + b with W (out_features, in_features) in 8 bits, group-wise; frozen, in 4 (NF4); or with bits=16
-    plainly in `dtype`. bias: a parameter b, float32, or none.
+class QMatrix(nn.Module):
+    """W (out_features, in_features) in 8 bits, group-wise; in 4 (NF4); or with bits=16 plainly in `dtype`. It lies in
+    buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight."""
 
-    W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight. Backward
-    gives the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features) and
-    dy (T, out_features); the weight's gradient is dy^T x. Without a hook the weight stays as it is.
-
-    matmul "int8" rounds x and dy to 8 bits in the products with W (see quant.py); the hook gets them unrounded.
-    """
-
-    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE, dtype=None, device=None,
-                 matmul="float"):
+    def __init__(self, out_features, in_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None):
         super().__init__()
-        if bits not in BUFFERS or matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
-            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits")
-        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
-        self.matmul, self.hook = matmul, None
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        if bits not in BUFFERS:
+            raise ValueError(f"weights have 4, 8 or 16 bits, not {bits}")
+        self.out_features, self.in_features, self.bits, self.group_size = out_features, in_features, bits, group_size
         self.set_weight(torch.empty(out_features, in_features, dtype=dtype, device=device).normal_(std=INIT_STD))
-        self.lora_a = self.lora_b = None
 
     def set_weight(self, w):
         """Take w (out_features, in_features), any float dtype; with bits=16 it is kept as it is, not copied."""
@@ -61,6 +50,55 @@ class QLinear(nn.Module):
         for name, tensor in zip(BUFFERS[self.bits], codes):
             self.register_buffer(name, tensor)
 
+    def base_weight(self, dtype=torch.float32):
+        """W in `dtype`, without an adapter."""
+        if self.bits == 4:
+            codes = (self.packed, self.absmax, self.absmax_scale, self.absmax_mean)
+            return dequantize_nf4(*codes, (self.out_features, self.in_features), dtype)
+        return dequantize_int8(self.q, self.scale, self.zero, dtype) if self.bits == 8 else self.weight.to(dtype)
+
+    float_weight = base_weight
+
+
+class QEmbedding(QMatrix):
+    """A frozen embedding, or a frozen head, in INT8: 1.0 GiB less of LLaMA-3-8B. Makes float what it is asked for:
+    the rows of tokens, or SLICE rows at a time of all."""
+
+    SLICE = 8192  # 64 MiB in bfloat16 at a width of 4096
+
+    def __init__(self, vocab_size, dim, group_size=GROUP_SIZE, dtype=None, device=None):
+        super().__init__(vocab_size, dim, 8, group_size, dtype, device)
+        self.dtype = dtype
+
+    def forward(self, idx):
+        return dequantize_int8(*(t[idx.flatten()] for t in (self.q, self.scale, self.zero)), self.dtype).view(
+            *idx.shape, -1)
+
+    def slices(self, dtype):
+        """(slice of rows, these rows in `dtype`), one after the other."""
+        for start in chunks(self.q, self.out_features, self.SLICE):
+            at = slice(start, start + self.SLICE)
+            yield at, dequantize_int8(self.q[at], self.scale[at], self.zero[at], dtype)
+
+
+class QLinear(QMatrix):
+    """y = x W^T + b, W a QMatrix. bias: a parameter b, float32, or none.
+
+    Backward gives the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features) and
+    dy (T, out_features); the weight's gradient is dy^T x. Without a hook the weight stays as it is.
+
+    matmul "int8" rounds x and dy to 8 bits in the products with W (see quant.py); the hook gets them unrounded.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE, dtype=None, device=None,
+                 matmul="float"):
+        super().__init__(out_features, in_features, bits, group_size, dtype, device)
+        if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
+            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits")
+        self.matmul, self.hook = matmul, None
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        self.lora_a = self.lora_b = None
+
     def add_adapter(self, rank, alpha):
         """LoRA (arXiv 2106.09685): y += alpha / rank * x A^T B^T with trained A (rank, in) and B (out, rank), float32.
         A starts as in peft, B at zero."""
@@ -69,13 +107,6 @@ class QLinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=device).uniform_(-bound, bound))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         self.lora_scale = alpha / rank
-
-    def base_weight(self, dtype=torch.float32):
-        """W in `dtype`, without its adapter."""
-        if self.bits == 4:
-            codes = (self.packed, self.absmax, self.absmax_scale, self.absmax_mean)
-            return dequantize_nf4(*codes, (self.out_features, self.in_features), dtype)
-        return dequantize_int8(self.q, self.scale, self.zero, dtype) if self.bits == 8 else self.weight.to(dtype)
 
     def float_weight(self, dtype=torch.float32):
         """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
@@ -229,21 +260,18 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, bias, device=, dtype=): QLinear, a
     partial of it, or plain_linear for full-rank training. Layers are built one after the other on
-    `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights)."""
+    `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights).
+    embedding: makes both of (vocab_size, n_embd, device=, dtype=): a QEmbedding, or plain_embedding, to be trained."""
 
-    def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32):
+    def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32, embedding=None):
         super().__init__()
         self.config = c = config
         layer = partial(linear, device=device, dtype=dtype)
-        self.embed = nn.Embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
-        nn.init.normal_(self.embed.weight, std=INIT_STD)
+        embedding = partial(embedding or plain_embedding, c.vocab_size, c.n_embd, device=device, dtype=dtype)
+        self.embed = embedding()
         self.blocks = nn.ModuleList(Block(c, layer, i, device) for i in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps, device)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False, device=device, dtype=dtype)
-        if c.tie_embedding:
-            self.head.weight = self.embed.weight
-        else:
-            nn.init.normal_(self.head.weight, std=INIT_STD)
+        self.head = self.embed if c.tie_embedding else embedding()  # of which only the rows are used
 
     @classmethod
     def from_settings(cls, settings, device, dtype, load=None):
@@ -255,7 +283,8 @@ class LLaMA(nn.Module):
         if method not in ("adamw", "adam8bit"):
             linear = partial(QLinear, bits=c["weight_bits"], group_size=c["weight_group_size"],
                              matmul=c.get("matmul", "float"))  # a checkpoint may be older than this key
-        model = cls(config, linear, "meta" if load else device, dtype)
+        embedding = partial(QEmbedding, group_size=c["weight_group_size"]) if c.get("embed_bits") == 8 else None
+        model = cls(config, linear, "meta" if load else device, dtype, embedding)
         if load:
             load(model)
         if c.get("freeze_embedding"):
@@ -296,9 +325,12 @@ class LLaMA(nn.Module):
                 x = block(x, cos, sin, mask, caches[i] if caches else None)
         return self.norm(x)
 
+    def _head_rows(self):
+        return self.head if isinstance(self.head, QEmbedding) else self.head.weight
+
     def logits(self, h):
         """Logits (..., vocab_size), float32, of hidden states h (..., C)."""
-        logits, cap = F.linear(h, self.head.weight).float(), self.config.logit_softcap
+        logits, cap = head_logits(h, self._head_rows()), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, idx, targets=None, caches=None, position=0, documents=None):
@@ -311,7 +343,7 @@ class LLaMA(nn.Module):
         if documents is not None:  # examples, of which few tokens may count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
             x, targets = x[at], targets[at]
-        return HeadLoss.apply(x, self.head.weight, targets, self.config.logit_softcap, torch.is_grad_enabled())
+        return HeadLoss.apply(x, self._head_rows(), targets, self.config.logit_softcap, torch.is_grad_enabled())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -369,6 +401,13 @@ def attention_mask(past, T, window, documents, device):
     if documents is not None:
         seen = seen & (documents[:, None, -T:, None] == documents[:, None, None, :])
     return seen.view(-1, 1, T, past + T)
+
+
+def plain_embedding(vocab_size, dim, device=None, dtype=None):
+    """torch's Embedding, started like the rest."""
+    layer = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    return layer
 
 
 def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):

@@ -77,9 +77,16 @@ def quantize_int8(w, group_size=GROUP_SIZE, stochastic=False, generator=None):
 
     w: (rows, cols) float, finite. stochastic: unbiased rounding, drawn from `generator`; else to nearest.
     Returns q int8 (rows, cols); scale, zero float32 (rows, ceil(cols / group_size)).
-    Raises ValueError if group_size is not a power of two.
+    Raises ValueError if group_size is not a power of two. At most CHUNK elements, or a row, are float32 at a time.
     """
-    return _quantize_(w.to(torch.float32, copy=True), 8, _checked(group_size), stochastic, generator)
+    n_groups, rows = -(-w.shape[1] // _checked(group_size)), max(1, CHUNK // max(1, w.shape[1]))
+    q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    scale, zero = (torch.empty(len(w), n_groups, device=w.device) for _ in range(2))
+    for start in chunks(w, len(w), rows):
+        at = slice(start, start + rows)
+        part = w[at].to(torch.float32, copy=True)
+        q[at], scale[at], zero[at] = _quantize_(part, 8, group_size, stochastic, generator)
+    return q, scale, zero
 
 
 def dequantize_int8(q, scale, zero, dtype=torch.float32):

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 import hf
+import quant
 from checkpoint import load_model, save_checkpoint
-from model import LLaMA, LLaMAConfig, QLinear, plain_linear
+from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
 
 SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
@@ -183,6 +184,33 @@ def test_a_frozen_embedding_and_head_have_no_gradient_and_leave_the_others_their
     assert all(close(g, gradients[0], 1e-5) for g in gradients)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_int8_embedding_and_head_are_their_own_values_and_pass_the_gradient_on(tied, tmp_path, monkeypatch):
+    """As a float model that has the rounded values, whether the head comes in one slice of rows or in several."""
+    _, path = saved(tmp_path, "gemma 2" if tied else "llama", tie_word_embeddings=tied)
+    plain = hf.load(path, 8, torch.float32, group_size=16)
+    coded = hf.load(path, 8, torch.float32, group_size=16, embed_bits=8)
+    assert (coded.head is coded.embed) == tied and not list(coded.embed.parameters())
+    with torch.no_grad():
+        assert close(plain.embed.weight, coded.embed.base_weight(), 0.05) and len({*coded.embed.buffers()}) == 3
+        plain.embed.weight.copy_(coded.embed.base_weight()), plain.head.weight.copy_(coded.head.base_weight())
+    expected = plain(text(), text(seed=1))
+    expected.backward()
+    for slice_ in (QEmbedding.SLICE, 40):  # of 97 rows
+        monkeypatch.setattr(QEmbedding, "SLICE", slice_)
+        assert close(logits(coded, text()), logits(plain, text()), 1e-5)
+        loss = coded(text(), text(seed=1))
+        loss.backward()
+        assert abs(loss - expected) < 1e-5
+        assert close(coded.norm.weight.grad, plain.norm.weight.grad, 1e-5)
+        coded.norm.weight.grad = None
+    hf.save(coded, str(tmp_path / "int8"), int8=True)
+    again = hf.load(str(tmp_path / "int8"), dtype=torch.float32, embed_bits=8)
+    assert torch.equal(again.embed.q, coded.embed.q) and torch.equal(logits(again, text()), logits(coded, text()))
+    hf.save(coded, str(tmp_path / "float"), dtype=torch.float32)
+    assert close(logits(hf.load(str(tmp_path / "float"), 16, torch.float32), text()), logits(coded, text()))
+
+
 def test_sharded_checkpoints_load(tmp_path):
     theirs = make()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
@@ -240,12 +268,13 @@ class Floats(TorchDispatchMode):
         return out
 
 
-def test_loading_into_int8_holds_one_float_matrix_at_a_time_besides_its_source(tmp_path):
+def test_loading_into_int8_holds_one_float_matrix_at_a_time(tmp_path, monkeypatch):
+    """The file's own; of which a few rows at a time are copied."""
     _, path = saved(tmp_path, hidden_size=128, intermediate_size=256, num_hidden_layers=4)
-    with Floats(128 * 64) as floats:
-        hf.load(path, dtype=torch.float32, group_size=64)
-    embedding = 97 * 128 * 4
-    assert floats.peak <= 2 * embedding + 2 * 256 * 128 * 4 + 10000  # embedding and head stay; the file's, a float copy
+    monkeypatch.setattr(quant, "CHUNK", 128 * 16)
+    with Floats(128 * 8) as floats:
+        hf.load(path, dtype=torch.float32, group_size=64, embed_bits=8)
+    assert floats.peak <= 256 * 128 * 4 + 3 * 128 * 16 * 4 + 10000  # the largest matrix, and a block's temporaries
 
 
 # -----------------------------------------------------------------------------

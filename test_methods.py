@@ -147,11 +147,11 @@ TUNE = ("--block_size=32 --batch_size=8 --rank=16 --proj_gap=5 --device=cpu --dt
         "--log_interval=1 --warmup_iters=2 --eval_interval=15 --learning_rate=0.01 --galore_scale=1.0").split()
 
 
-@pytest.mark.parametrize("method", ["qgalore", "qlora"])
+@pytest.mark.parametrize("method", ["--method=qgalore", "--method=qlora --embed_bits=8"])
 def test_a_checkpoint_is_tuned_resumed_and_exported_and_transformers_computes_its_logits(checkpoint, tmp_path, method):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    args = ["train.py", f"--data_dir={checkpoint}/data", f"--out_dir={tmp_path}/out", *TUNE, f"--method={method}"]
+    args = ["train.py", f"--data_dir={checkpoint}/data", f"--out_dir={tmp_path}/out", *TUNE, *method.split()]
     code, out, err = run(*args, f"--init_from={checkpoint}", "--max_iters=30", "--lr_decay_iters=60")
     assert code == 0, err
     code, out, err = run(*args, "--init_from=resume", "--max_iters=60", "--lr_decay_iters=60")
@@ -180,6 +180,7 @@ def test_what_does_not_fit_a_checkpoint_is_refused_in_one_line(checkpoint, shard
         ([f"--init_from={checkpoint}", f"--data_dir={shards}"], "tokenizer", "text_train"),
         ([*ours, "--block_size=100"], "block_size 100", "64"),
         ([*ours, "--block_size=16"], "block_size 32"),
+        ([*ours, "--embed_bits=8"], "embed_bits=8", "freeze_embedding"),
         (["--init_from=nowhere"], "nowhere", "neither a directory"),
         ([f"--init_from={tmp_path}"], "config.json"),
     ):

@@ -81,6 +81,7 @@ moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rot
 weight_bits = 0  # of the blocks' matrices: 4 (NF4), 8, 16 (in `dtype`), 32 (float32); 0: the method's own
 weight_group_size = 256
 freeze_embedding = False  # embedding and head stay as they are: saves their gradients and moments in fine-tuning
+embed_bits = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
 lora_alpha = 32.0  # adapters count alpha / rank times
 matmul = "float"  # or "int8": forward and input gradient on the INT8 tensor cores, x and dy rounded to 8 bits
 stochastic_rounding = True  # False: INT8 weights round to nearest
@@ -139,8 +140,8 @@ def main():
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
-    for key, choices in (("proj_bits", (4, 8, 16)), ("checkpoint_bits", (8, 16)), ("moments", MOMENTS),
-                         ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
+    for key, choices in (("proj_bits", (4, 8, 16)), ("embed_bits", (8, 16)), ("checkpoint_bits", (8, 16)),
+                         ("moments", MOMENTS), ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
                          ("moments_at_refresh", AT_REFRESH)):
         if config[key] not in choices:
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")

@@ -17,6 +17,7 @@ checkpoint_bits = 8
 compile = True
 
 freeze_embedding = True
+embed_bits = 8
 rank = 64
 proj_gap = 100
 learning_rate = 0.0003
