@@ -106,8 +106,8 @@ def _open(file):
 def load_weights(model, path, device="cpu", dtype=torch.float32):
     """Fill a LLaMA, built on the meta device, from the checkpoint directory `path`, one tensor after the other.
 
-    dtype: of unquantised matrices, embedding and head among them; norms and biases of QLinears are float32. Raises ValueError,
-    naming file and tensor, for a file or tensor that is missing, damaged, of another shape, unknown, or not finite."""
+    dtype: of what is not quantised, but norms and the biases of QLinears, which are float32. Raises ValueError, naming
+    file and tensor, for a file or tensor that is missing, damaged, of another shape, unknown, or not finite."""
     held, wanted, tied = _files(path), _hf_names(model), model.config.tie_embedding
     held = {name: file for name, file in held.items()
             if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")}
@@ -159,8 +159,8 @@ def _read(held, name, shape, dtype=None):
 
 def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256, embed_bits=16):
     """The LLaMA of a checkpoint: a directory, or a hub repository's name. weight_bits: 4 (NF4), 8 or 16 (in `dtype`);
-    embed_bits, of embedding and head: 8 or 16. group_size: of INT8, unless the checkpoint is in INT8 already. Raises ValueError, in one line, for what it cannot
-    read."""
+    embed_bits, of embedding and head: 8 or 16. group_size: of INT8, unless the checkpoint is in INT8 already. Raises
+    ValueError, in one line, for what it cannot read."""
     path = local(path)
     groups = (read_json(path, "config.json").get("quantization_config") or {}).get("group_size", group_size)
     c = settings(path) | {"method": "qgalore", "weight_bits": weight_bits, "weight_group_size": groups,

@@ -130,6 +130,25 @@ def attend(q, k, v, scale, softcap, mask):
     return logits.float().softmax(dim=-1).to(q.dtype) @ v
 
 
+def last(x, n, dim):
+    """The last n entries of x along dim, or all: with a new token's own, n = block_size - 1 keys are block_size. RoPE
+    sees distances, not positions."""
+    n = min(n, x.shape[dim])
+    return x.narrow(dim, x.shape[dim] - n, n)
+
+
+def attention_mask(past, T, window, documents, device):
+    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool. None if that is
+    plainly all before it. window: how many at most; documents: (B, past + T), or None."""
+    if documents is None and window >= past + T and not (past and T > 1):
+        return None
+    query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)
+    seen = (key <= query) & (query - key < window)
+    if documents is not None:
+        seen = seen & (documents[:, None, -T:, None] == documents[:, None, None, :])
+    return seen.view(-1, 1, T, past + T)
+
+
 class Checkpoint(torch.autograd.Function):
     """A block of which only the input is kept: backward makes the rest again. bits 8 keeps the input group-wise in
     INT8, 0.5 in place of 1 GiB at 7B with 16 x 256 tokens."""
@@ -152,7 +171,7 @@ class Checkpoint(torch.autograd.Function):
 
 
 def slices(weight, dtype):
-    """(slice of rows, these rows) of a head's weight: a tensor in one, a QEmbedding in several, made float in `dtype`."""
+    """(slice of rows, these rows) of a head's weight: of a tensor all at once, of a QEmbedding several, in `dtype`."""
     return [(slice(None), weight)] if isinstance(weight, torch.Tensor) else weight.slices(dtype)
 
 
@@ -170,8 +189,8 @@ class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of the logits h W^T, LOSS_CHUNK tokens at a time, so that (T, V) logits never exist.
 
     Each chunk's gradients are taken while its logits are at hand, in forward: one pass, no recomputation.
-    h (T, C), weight (V, C), a tensor or a QEmbedding, targets (T,) int64 or -1. softcap: see LLaMAConfig.logit_softcap. Returns the loss,
-    float32; all targets -1 give 0."""
+    h (T, C), weight (V, C), a tensor or a QEmbedding, targets (T,) int64 or -1. softcap: see
+    LLaMAConfig.logit_softcap. Returns the loss, float32; all targets -1 give 0."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, softcap, need_grad):

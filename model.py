@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
-from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, head_logits, rope
+from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
 from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
 
 INIT_STD = 0.02
@@ -382,25 +382,6 @@ class LLaMA(nn.Module):
         c = self.config
         block = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim + 3 * c.n_embd * c.ffn_dim
         return 6 * (c.n_layer * block + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-
-
-def last(x, n, dim):
-    """The last n entries of x along dim, or all: with a new token's own, n = block_size - 1 keys are block_size. RoPE
-    sees distances, not positions."""
-    n = min(n, x.shape[dim])
-    return x.narrow(dim, x.shape[dim] - n, n)
-
-
-def attention_mask(past, T, window, documents, device):
-    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool. None if that is
-    plainly all before it. window: how many at most; documents: (B, past + T), or None."""
-    if documents is None and window >= past + T and not (past and T > 1):
-        return None
-    query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)
-    seen = (key <= query) & (query - key < window)
-    if documents is not None:
-        seen = seen & (documents[:, None, -T:, None] == documents[:, None, None, :])
-    return seen.view(-1, 1, T, past + T)
 
 
 def plain_embedding(vocab_size, dim, device=None, dtype=None):
