@@ -10,10 +10,10 @@ batch_size = 1  # a row holds eight or nine reviews
 
 freeze_embedding = True
 rank = 64
-proj_gap = 20
-learning_rate = 0.001
-max_iters = 60
-warmup_iters = 6
-eval_interval = 60
-eval_iters = 15
-log_interval = 5
+proj_gap = 50
+learning_rate = 0.003
+max_iters = 150
+warmup_iters = 15
+eval_interval = 150
+eval_iters = 50
+log_interval = 10
