@@ -182,7 +182,7 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
     if os.path.exists(path):
         raise ValueError(f"{path}: exists; name a new directory")
     layers = [module for module in model.modules() if isinstance(module, QLinear)]
-    if int8 and not (layers and all(layer.bits == 8 and layer.lora_a is None for layer in layers)):
+    if int8 and not (layers and all(layer.bits == 8 and layer.adapter is None for layer in layers)):
         raise ValueError("the model's weights are not INT8, or have adapters beside them: export it with --int8=False")
     config = config_json(model.config, dtype, like)
     if int8:

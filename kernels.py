@@ -83,6 +83,18 @@ def dequantize_int4(packed, scale, zero, dtype=torch.float32):
     return _dequantize(packed, scale, zero, rows, cols, 4, dtype)
 
 
+def encode(p, bits):
+    """The tensors that keep a matrix p, float32, in 4 or 8 bits, or for 16 as it is."""
+    return (p.contiguous(),) if bits == 16 else (quant.quantize_int4 if bits == 4 else quant.quantize_int8)(p)
+
+
+def decode(codes, dtype=torch.float32):
+    """The matrix in `dtype` that the tensors `codes` keep: (packed, scale, zero), (q, scale, zero) or (matrix,)."""
+    if len(codes) == 1:
+        return codes[0].to(dtype)
+    return (dequantize_int8 if codes[0].dtype == torch.int8 else dequantize_int4)(*codes, dtype=dtype)
+
+
 def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     group = triton.next_power_of_2(quant._group_size(cols, scale.shape[1]))
@@ -102,7 +114,7 @@ def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
     than MAX_GROUP, and tensors with gaps between their elements.
     """
     group = _tile_width(q, scale, zero)
-    if not group:
+    if not group or right is None:
         return quant.add_low_rank_int8_(q, scale, zero, left, right, shrink, key)
     block_m = min(64, TILE // group)
     block_k = 64 // left.element_size()  # 64 bytes: in 3 stages at most 68 KiB of shared memory; consumer cards have 99

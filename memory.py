@@ -6,6 +6,7 @@ and no data. Every allocation passes by and is counted, temporaries included: th
 Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.5 GiB) and what lies in fragments.
 """
 
+import math
 import sys
 import weakref
 from contextlib import nullcontext
@@ -49,7 +50,8 @@ def memory_plan(settings, build, weight_dtype, dtype):
     live, plan = Live(), {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, settings["gradient_accumulation_steps"])
-    if settings["moments"] == "8bit" or settings["weight_bits"] == 4 or settings["method"] in ("adam8bit", "qlora"):
+    if settings["moments"] == "8bit" or settings["weight_bits"] == 4 or settings["method"] in (
+            "adam8bit", "galore8bit", "loqt", "qlora"):
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model, optimizer = build(settings, "cpu", weight_dtype)
@@ -76,9 +78,11 @@ def memory_plan(settings, build, weight_dtype, dtype):
                 optimizer.sums.clear()
             first = live.now - sum(plan.values())
             due = -(-len(optimizer.projections) // settings["proj_gap"])  # layers that refresh in one step, later
+            for name, rule in optimizer.rules.items():
+                optimizer.projections[name].basis = rule.no_basis()
             for i, projection in enumerate(sorted(optimizer.projections.values(), key=lambda p: -p.other)):
-                projection.basis = projection.encode(torch.empty(projection.dim, projection.rank))
-                projection.next_refresh = 0 if i < due else 1
+                if projection.next_refresh < math.inf:
+                    projection.next_refresh = 0 if i < due else 1
             plan["projections"] = live.now - first - sum(plan.values())
             if micro_batches > 1:
                 micro_batch(False)

@@ -8,17 +8,28 @@ from dataclasses import fields
 import torch
 
 import hf
-from model import LLaMA, LLaMAConfig
+from model import LLaMA, LLaMAConfig, QLinear
 from qgalore import QGaLore
+from quant import random_key
 
+FLOAT = {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}  # a fixed gap: a threshold of 2 is never met
 METHODS = {  # the weight_bits that each takes, its own first; and the settings that make it what it is
     "qgalore": ((8, 16), {}),
-    "galore": ((16, 8), {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}),  # a fixed gap: 2 is never met
+    "galore": ((16, 8), FLOAT),  # arXiv 2403.03507, with Adam's moments in float32
+    "galore8bit": ((16, 8), FLOAT | {"moments": "8bit"}),
+    "natural_galore": ((16, 8), FLOAT),  # these five: see family.py
+    "fira": ((16, 8), FLOAT),
+    "apollo": ((16, 8), FLOAT | {"galore_scale": 1.0}),
+    "apollo_mini": ((16, 8), FLOAT | {"galore_scale": 128**0.5, "rank": 1}),
+    "loqt": ((4, 8), {"proj_threshold": 2.0, "gap_growth": 1.2, "moments": "8bit"}),
     "adamw": ((32, 16), {}),  # torch's, at full rank; 32: under autocast, if dtype is bfloat16
     "adam8bit": ((16,), {"moments": "8bit"}),  # bitsandbytes', at full rank, stepped in backward
-    "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; nothing else is trained
-    "qlora": ((4,), {}),  # the same on NF4 (arXiv 2305.14314)
+    "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; from scratch, what is
+    "qlora": ((4,), {}),  # no matrix of a block trains, too. The same on NF4 (arXiv 2305.14314)
+    "relora": ((16, 8), {}),  # adapters that are merged and start anew every proj_gap steps (arXiv 2307.05695)
 }
+BY_TORCH = ("adamw", "lora", "qlora", "relora")
+PRUNED = 0.99  # of an adapter's moments, at a restart
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # LLaMAConfig's fields that no checkpoint brings
 
 
@@ -31,6 +42,8 @@ def of_method(c):
         raise SystemExit(f"error: weight_bits={c['weight_bits']}: {c['method']} has {' or '.join(map(str, bits))}")
     if c.get("embed_bits", 16) == 8 and not c["freeze_embedding"] and "lora" not in c["method"]:
         raise SystemExit("error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True")
+    if c["method"] == "loqt" and c["proj_side"] != "auto":
+        raise SystemExit("error: proj_side: loqt's factors lie on the smaller side of a weight")
     return own | {"weight_bits": c["weight_bits"] or bits[0]}
 
 
@@ -58,12 +71,27 @@ def build(c, device, dtype, ranks=None):
     c = c | of_method(c)
     load = (lambda model: hf.load_weights(model, c["load"], device, dtype)) if c.get("load") else None
     model, betas = LLaMA.from_settings(c, device, dtype, load), (c["beta1"], c["beta2"])
-    if c["method"] in ("qgalore", "galore", "adam8bit"):
+    if c["method"] not in BY_TORCH:
         return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
                               c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
                               c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
-                              c["accumulation"], c["grad_clip"], c["seed"], ranks)
+                              c["accumulation"], c["grad_clip"], c["seed"], ranks, c["method"], c["proj_side"],
+                              c["gap_growth"])
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
     vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}
     return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
+
+
+@torch.no_grad()
+def restart(model, optimizer, *key):
+    """ReLoRA: merge the adapters into their weights, start them anew, and leave the largest of their moments alone."""
+    adapters = {name: layer for name, layer in model.named_modules() if isinstance(layer, QLinear)}
+    for name, layer in adapters.items():
+        seed, adapter = random_key(*key, name), layer.adapter
+        layer.add_low_rank_(adapter.scale * adapter.b, adapter.a.T.contiguous(), key=seed)
+        adapter.start(torch.Generator(adapter.a.device).manual_seed(seed))
+        for p in (adapter.a, adapter.b):
+            m, v = optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+            small = v <= v.flatten().kthvalue(max(1, int(PRUNED * v.numel()))).values
+            m.masked_fill_(small, 0), v.masked_fill_(small, 0)  # both at one place: m over no v would be no step

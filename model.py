@@ -12,7 +12,6 @@ copy for one product at a time, and in backward never forms its gradient: it han
 to a hook that the optimizer sets (see qgalore.py).
 """
 
-import math
 import re
 import warnings
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from adapters import LoRA, LoQT
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
 from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
 from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
@@ -97,27 +97,21 @@ class QLinear(QMatrix):
             raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits")
         self.matmul, self.hook = matmul, None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
-        self.lora_a = self.lora_b = None
-
-    def add_adapter(self, rank, alpha):
-        """LoRA (arXiv 2106.09685): y += alpha / rank * x A^T B^T with trained A (rank, in) and B (out, rank), float32.
-        A starts as in peft, B at zero."""
-        bound = 1 / math.sqrt(self.in_features)
-        device = getattr(self, BUFFERS[self.bits][0]).device
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=device).uniform_(-bound, bound))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-        self.lora_scale = alpha / rank
+        self.adapter = None  # of adapters.py
 
     def float_weight(self, dtype=torch.float32):
         """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
-        if self.lora_a is None:
+        if self.adapter is None:
             return self.base_weight(dtype)
-        return (self.base_weight() + self.lora_scale * self.lora_b.detach() @ self.lora_a.detach()).to(dtype)
+        return (self.base_weight() + self.adapter.delta()).to(dtype)
 
     def add_low_rank_(self, left, right, shrink=1.0, key=None):
-        """W <- shrink * W + left @ right^T; arguments as for quant.add_low_rank_int8_, which rounds INT8 weights."""
+        """W <- shrink * W + left @ right^T, without right + left; arguments as for quant.add_low_rank_int8_, which
+        rounds INT8 weights."""
         if self.bits == 8:
             add_low_rank_int8_(self.q, self.scale, self.zero, left, right, shrink, key)
+        elif right is None:
+            self.weight.mul_(shrink).add_(left)
         else:
             self.weight.addmm_(left.to(self.weight.dtype), right.T.to(self.weight.dtype), beta=shrink)
 
@@ -127,9 +121,7 @@ class QLinear(QMatrix):
         y = _QLinearFunction.apply(x, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        if self.lora_a is not None:
-            y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.lora_scale
-        return y
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class _QLinearFunction(torch.autograd.Function):
@@ -276,7 +268,8 @@ class LLaMA(nn.Module):
     @classmethod
     def from_settings(cls, settings, device, dtype, load=None):
         """The model that a run's settings (train.py's, a dict) describe: torch's Linear for full rank, else QLinear,
-        with adapters for LoRA, and then nothing else to train. load: fills the model, which is then built on "meta"."""
+        with adapters for LoRA and LoQT. A checkpoint that is tuned by LoRA has nothing else to train. load: fills the
+        model, which is then built on "meta"."""
         c, method = settings, settings["method"]
         config = LLaMAConfig(**{f.name: c[f.name] for f in fields(LLaMAConfig) if f.name in c})
         linear = plain_linear
@@ -289,11 +282,15 @@ class LLaMA(nn.Module):
             load(model)
         if c.get("freeze_embedding"):
             model.embed.requires_grad_(False), model.head.requires_grad_(False)
-        if method in ("lora", "qlora"):
+        if method in ("lora", "qlora") and c.get("pretrained"):
             model.requires_grad_(False)
-            for layer in model.modules():
-                if isinstance(layer, QLinear):
-                    layer.add_adapter(c["rank"], c["lora_alpha"])
+        if method in ("lora", "qlora", "relora", "loqt"):
+            for layer in [module for module in model.modules() if isinstance(module, QLinear)]:
+                shape = layer.out_features, layer.in_features, c["rank"]
+                if method == "loqt":
+                    layer.adapter = LoQT(*shape, c["galore_scale"], c["proj_bits"], dtype, device)
+                else:
+                    layer.adapter = LoRA(*shape, c["lora_alpha"], device)
         return model
 
     def hidden(self, idx, caches=None, position=0, documents=None):

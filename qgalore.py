@@ -26,11 +26,12 @@ from functools import partial
 
 import torch
 
-from kernels import dequantize_int4, dequantize_int8
+from family import RULES, GaLore
+from kernels import decode, encode
 from model import QLinear
 from moments import ACCUMULATION, AT_REFRESH, MOMENTS, Moments, Sum
 from parallel import Ranks
-from quant import CHUNK, add_bfloat16_, chunks, quantize_int4, quantize_int8, random_key, uniform
+from quant import CHUNK, add_bfloat16_, chunks, random_key, uniform
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
 SKETCH = 4  # columns of a refresh's sketch, in ranks
@@ -48,16 +49,16 @@ class Projection:
     all layers make theirs at once.
 
     bits: 4, 8 (group-wise codes), or 16: the basis unquantised, in float32. svd: take the exact singular vectors of the
-    formed gradient, as the papers do. gap, threshold, k: see QGaLore. phase: the share of the gap after which the first
-    basis gives way, so that layers which start together refresh at different steps.
+    formed gradient, as the papers do. gap, threshold, k, side, growth: see QGaLore. phase: the share of the gap after
+    which the first basis gives way, so that layers which start together refresh at different steps.
     """
 
     def __init__(self, out_features, in_features, rank, gap=200, threshold=0.4, k=5, bits=4, svd=False, phase=1.0,
-                 device=None):
-        self.right = out_features >= in_features  # the basis lies on the input side
-        self.dim, self.other = sorted((out_features, in_features))
+                 device=None, side="auto", growth=0.0):
+        self.right = out_features >= in_features if side == "auto" else side == "right"  # the basis is of the inputs
+        self.dim, self.other = (in_features, out_features) if self.right else (out_features, in_features)
         self.rank, self.threshold, self.bits, self.svd = min(rank, self.dim), threshold, bits, svd
-        self.gap, self.max_gap, self.phase = gap, gap * MAX_GAP_GROWTH, phase
+        self.gap, self.max_gap, self.phase, self.growth = gap, gap * MAX_GAP_GROWTH, phase, growth
         self.last_refresh = self.next_refresh = self.refreshes = 0
         self.similarities = deque(maxlen=k)
         self.arriving = None  # the similarity found by the last refresh, on its way from the device
@@ -67,13 +68,11 @@ class Projection:
 
     def matrix(self, dtype=torch.float32):
         """P (dim, rank)."""
-        if self.bits == 16:
-            return self.basis[0].to(dtype)
-        return (dequantize_int4 if self.bits == 4 else dequantize_int8)(*self.basis, dtype=dtype)
+        return decode(self.basis, dtype)
 
     def encode(self, p):
         """The tensors that keep P (dim, rank), float32, as `basis`."""
-        return (p.contiguous(),) if self.bits == 16 else (quantize_int4 if self.bits == 4 else quantize_int8)(p)
+        return encode(p, self.bits)
 
     def project(self, x, dy):
         """(left, right) with left^T right = R (rank, other), from x (T, in) and dy (T, out)."""
@@ -124,6 +123,7 @@ class Projection:
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
             found = overlap, ok
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
+        gap += int(self.growth**self.refreshes) if self.growth else 0
         self.last_refresh, self.next_refresh = step, step + gap
         self.refreshes += 1
         return found
@@ -186,8 +186,9 @@ class QGaLore:
 
     lr: of ordinary parameters; projected weights move at lr * scale. rank: of the projections, clamped to a weight's
     smaller side. gap: steps between refreshes; it doubles where the mean similarity of the last k reaches threshold
-    (a threshold over 1 keeps it fixed). proj_bits: 4, 8 or 16 (not quantised). moments, moments_at_refresh: see
-    Moments. stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
+    (a threshold over 1 keeps it fixed); gap_growth: gap number i is longer by gap_growth^i. proj_bits: 4, 8 or 16 (not
+    quantised). side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller. method: "galore", or a
+    rule of family.py. moments, moments_at_refresh: see Moments. stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
     accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad.
     ranks: see parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero;
     pop_stats() counts it.
@@ -199,26 +200,29 @@ class QGaLore:
 
     def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, gap=200, scale=0.25,
                  threshold=0.4, k=5, proj_bits=4, moments="factored", moments_at_refresh="keep",
-                 stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0, ranks=None):
+                 stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0, ranks=None,
+                 method="galore", side="auto", gap_growth=0.0):
         for name, value, choices in (("proj_bits", proj_bits, (4, 8, 16)), ("moments", moments, MOMENTS),
                                      ("moments_at_refresh", moments_at_refresh, AT_REFRESH),
-                                     ("accumulation", accumulation, ACCUMULATION)):
+                                     ("accumulation", accumulation, ACCUMULATION),
+                                     ("side", side, ("auto", "left", "right"))):
             if value not in choices:
                 raise ValueError(f"{name} is one of {choices}, not {value!r}")
         self.param_groups = [{"lr": lr}]
-        self.betas, self.eps, self.weight_decay, self.scale, self.seed = betas, eps, weight_decay, scale, seed
+        self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
         self.stochastic_rounding, self.grad_clip, self.accumulation = stochastic_rounding, grad_clip, accumulation
         self.moments_at_refresh = moments_at_refresh
         self.accumulating = self.accumulated = False  # now; in this step
         self.ranks = ranks or Ranks()
-        self.moments, self.projections = {}, {}  # by the weight's name
+        self.moments, self.projections, self.rules = {}, {}, {}  # by the weight's name
         self.sums, self.held = {}, {}  # micro-batches' sums by (name, what); what waits for step(), by name
         self.device = next(t.device for ts in (model.parameters(), model.buffers()) for t in ts)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
         for i, (name, layer) in enumerate(layers.items()):
             self.projections[name] = projection = Projection(
                 layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd, (i + 1) / len(layers),
-                self.device)
+                self.device, side, gap_growth)
+            self.rules[name] = RULES.get(method, GaLore)(projection, layer, scale, random_key(seed, name, "rule"))
             self.moments[name] = Moments((projection.rank, projection.other), moments, self.device)
             layer.hook = partial(self._look_at_layer, name)
         for name, p in model.named_parameters():
@@ -234,8 +238,8 @@ class QGaLore:
     def _look_at_layer(self, name, layer, x, dy):
         projection, step = self.projections[name], self.steps[name]
         if projection.basis is not None:
-            then = partial(self._step_layer, name, step, layer, x.dtype)
-            self._gather(name, "gradient", *projection.project(x, dy), then)
+            then = partial(self._step_layer, name, step, x.dtype)
+            self._gather(name, "gradient", *self.rules[name].factors(x, dy), then)
         if projection.due(step):
             key = random_key(self.seed, name, step, "sketch")
             self._gather(name, "sketch", *projection.look(x, dy, key), partial(self._turn, name, step))
@@ -261,22 +265,23 @@ class QGaLore:
             product = product.to(left.dtype)  # as it is sent
         self.ranks.sum_(product, lambda product: then(product.float()))
 
-    def _step_layer(self, name, step, layer, dtype, r):
-        def move(r):
-            lr, projection = self.param_groups[0]["lr"], self.projections[name]
+    def _step_layer(self, name, step, dtype, gradient):
+        def adam(r):
             self.moments[name].step_(r, self.betas, self.eps, random_key(self.seed, name, step, "moment"))
-            delta, basis = r.mul_(-lr * self.scale).to(dtype), projection.matrix(dtype)
-            delta = delta.T.contiguous()
-            left, right = (delta, basis) if projection.right else (basis, delta)
-            key = random_key(self.seed, name, step) if self.stochastic_rounding else None
-            layer.add_low_rank_(left, right, 1 - lr * self.weight_decay, key)
+            return r
 
-        def keep(r):
-            kept = Sum(*r.shape, self.accumulation, self.device)
-            kept.set_(r)
+        def move(gradient):
+            lr = self.param_groups[0]["lr"]
+            key = random_key(self.seed, name, step) if self.stochastic_rounding else None
+            direction = self.rules[name].direction(gradient, adam, step, dtype)
+            self.rules[name].move(*direction, lr, 1 - lr * self.weight_decay, key)
+
+        def keep(gradient):
+            kept = Sum(*gradient.shape, self.accumulation, self.device)
+            kept.set_(gradient)
             return kept.value
 
-        self._admit(name, r, move, keep)
+        self._admit(name, gradient, move, keep)
 
     @torch.no_grad()
     def _look_at_parameter(self, name, p):
@@ -321,7 +326,7 @@ class QGaLore:
 
     def _turn(self, name, step, seen):
         def turn():
-            found = self.projections[name].turn(seen, step)
+            found = self.rules[name].turn(partial(self.projections[name].turn, seen, step))
             if found is not None and (self.moments_at_refresh != "reset" or found[1]):  # "reset" waits for the device
                 self.moments[name].turn_(self.moments_at_refresh, found[0])
 
@@ -355,6 +360,7 @@ class QGaLore:
             "norms": self.norms,
             "moments": {name: vars(moments) for name, moments in self.moments.items()},
             "projections": {name: projection.state_dict() for name, projection in self.projections.items()},
+            "rules": {name: rule.state for name, rule in self.rules.items() if rule.state},
         }
 
     def load_state_dict(self, state):
@@ -364,6 +370,9 @@ class QGaLore:
         for name, projection in state["projections"].items():
             basis = projection["basis"] and tuple(map(self._here, projection["basis"]))
             self.projections[name].load_state_dict(projection | {"basis": basis})
+            self.rules[name].share()
+        for name, found in state.get("rules", {}).items():
+            self.rules[name].state = {key: self._here(value) for key, value in found.items()}
 
     def _here(self, value):
         return value.to(self.device, copy=True) if isinstance(value, torch.Tensor) else value

@@ -337,7 +337,7 @@ def test_adapters_are_merged_on_the_way_out(tmp_path):
     before = logits(ours, text())
     for layer in ours.modules():
         if isinstance(layer, QLinear):
-            torch.nn.init.normal_(layer.lora_b, std=0.1)
+            torch.nn.init.normal_(layer.adapter.b, std=0.1)
     hf.save(ours, str(tmp_path / "ours"), dtype=torch.float32)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     assert close(logits(again, text()), logits(ours, text())) and not close(logits(again, text()), before, 0.01)

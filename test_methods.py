@@ -18,6 +18,7 @@ import torch.nn as nn
 
 import quant
 import train
+from adapters import LoRA
 from checkpoint import load_model
 from configurator import configure
 from model import QLinear, quantize_linears
@@ -58,24 +59,24 @@ def test_an_adapter_starts_at_nothing_trains_alone_and_merges_to_what_it_compute
     torch.manual_seed(0)
     layer, x = QLinear(64, 96, bits=bits), torch.randn(7, 64)
     before = layer(x)
-    layer.add_adapter(4, alpha=8)
+    layer.adapter = LoRA(96, 64, 4, alpha=8)
     assert torch.equal(layer(x), before)
     base = layer.base_weight()
-    layer.lora_b.data.normal_()
-    torch.testing.assert_close(layer(x), x @ (base + 2 * layer.lora_b @ layer.lora_a).T, rtol=1e-4, atol=1e-4)
+    layer.adapter.b.data.normal_()
+    torch.testing.assert_close(layer(x), x @ (base + 2 * layer.adapter.b @ layer.adapter.a).T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer(x), x @ layer.float_weight().T, rtol=1e-4, atol=1e-4)
     layer(x).sum().backward()
-    assert layer.lora_a.grad.norm() > 0 and layer.lora_b.grad.norm() > 0
+    assert layer.adapter.a.grad.norm() > 0 and layer.adapter.b.grad.norm() > 0
     assert torch.equal(layer.base_weight(), base)
 
 
 def test_lora_trains_the_adapters_and_nothing_else_and_a_frozen_embedding_stays():
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
     shape = "--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=61 --rank=4 --checkpoint_activations=True"
-    for args, moves in (("--method=lora", "lora_"), ("--method=qgalore --freeze_embedding=True", "")):
+    for args, moves in (("--method=lora", "adapter"), ("--method=qgalore --freeze_embedding=True", "")):
         torch.manual_seed(0)
         config = configure(dict(settings), [*shape.split(), *args.split()])
-        config["n_kv_head"] = 2
+        config |= {"n_kv_head": 2, "pretrained": "a checkpoint"}
         model, optimizer = train.build(config, "cpu", torch.float32)
         start = {name: t.clone() for name, t in model.state_dict().items()}
         for _ in range(3):  # an adapter's A has no gradient before B has moved; a first basis moves no weight

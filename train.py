@@ -26,7 +26,7 @@ from checkpoint import check_same_model, load_checkpoint, paths, save_checkpoint
 from configurator import configure
 from data import Windows
 from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
-from methods import build, of_method, of_model
+from methods import build, of_method, of_model, restart
 from moments import ACCUMULATION, AT_REFRESH, MOMENTS
 from parallel import IN_FLIGHT, Ranks
 from plot import plot_loss, read_log
@@ -69,12 +69,15 @@ checkpoint_activations = False  # compute each block's forward again in backward
 checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
-method = "qgalore"  # or "galore", "adamw", "adam8bit", "lora", "qlora": see methods.py
+method = "qgalore"  # or "adamw", "adam8bit", "galore", "galore8bit", "natural_galore", "fira", "apollo", "apollo_mini",
+# "loqt", "lora", "qlora", "relora": see methods.py
 rank = 128  # of the projections, or of LoRA's adapters
-proj_gap = 200  # steps between a layer's refreshes, at first
+proj_gap = 200  # steps between a layer's refreshes, at first; between the restarts of relora
+gap_growth = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
 proj_k = 5  # refreshes in that mean
 proj_bits = 4  # 4, 8 or 16 (not quantised)
+proj_side = "auto"  # of a weight, that is projected: the smaller; or "right" (its inputs), "left"
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rotate" into the new basis
@@ -116,10 +119,9 @@ def learning_rate_at(it):
     last = lr_decay_iters or max_iters
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
-    if not decay_lr:
-        return learning_rate
-    progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters))
-    return low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low)
+    warm = min(1.0, (it % proj_gap + 1) / (proj_gap // 10 + 1)) if method == "relora" else 1.0  # again at each restart
+    progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters)) if decay_lr else 0.0
+    return warm * (low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low))
 
 
 def main():
@@ -142,7 +144,7 @@ def main():
     have_device = kind == "cpu" or torch.cuda.is_available()
     for key, choices in (("proj_bits", (4, 8, 16)), ("embed_bits", (8, 16)), ("checkpoint_bits", (8, 16)),
                          ("moments", MOMENTS), ("matmul", ("float", "int8")), ("accumulation", ACCUMULATION),
-                         ("moments_at_refresh", AT_REFRESH)):
+                         ("moments_at_refresh", AT_REFRESH), ("proj_side", ("auto", "left", "right"))):
         if config[key] not in choices:
             raise SystemExit(f"error: {key} is one of {choices}, not {config[key]!r}")
     if not have_device and not dry_run:
@@ -222,7 +224,7 @@ def main():
     if compile:
         model.compile_pointwise()
     by_torch = isinstance(optimizer, torch.optim.Optimizer)
-    clamped = [] if by_torch else [name for name, p in optimizer.projections.items() if p.rank < rank]
+    clamped = [] if by_torch else [name for name, p in optimizer.projections.items() if p.rank < config["rank"]]
     if clamped and main_rank:
         print(f"note: rank {rank} is larger than the smaller side of {len(clamped)} matrices, {clamped[0]} among "
               f"them: these train at full rank")
@@ -311,6 +313,8 @@ def main():
             clock, clock_it, ranks.sent = time.perf_counter(), it, 0
         if it >= max_iters or eval_only:
             break
+        if method == "relora" and it and it % proj_gap == 0:
+            restart(model, optimizer, seed, it)
         lr = learning_rate_at(it)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -1,0 +1,168 @@
+"""
+Q-GaLore's sisters: each by what it does otherwise with a gradient.
+
+QGaLore (qgalore.py) holds what they share: the basis and its refreshes, Adam's moments, sums over micro-batches and
+ranks, clipping, the state. A rule here turns what was summed up into a step of W. Gradients lie with their projected
+side first, G (dim, other) and R = P^T G (rank, other): a column belongs to one index of W's other side.
+"""
+
+import math
+
+import torch
+
+from quant import add_bfloat16_, random_key, uniform
+
+GROWTH = 1.01  # by which a step may be longer than the one before it (Fira, APOLLO)
+HISTORY = 20  # gradients in Natural GaLore's Fisher matrix
+DAMPING = 1e-3  # lambda, which is added to it
+
+
+class GaLore:
+    """W moves by P N, N = Adam(R): GaLore (arXiv 2403.03507), Q-GaLore (2407.08296)."""
+
+    whole = False  # what micro-batches add up is R; True: it is G, 1 / rank * dim times as large
+
+    def __init__(self, projection, layer, scale, key=0):
+        self.projection, self.layer, self.scale, self.key = projection, layer, scale, key
+        self.state = {}  # numbers and tensors that the next step depends on
+        self.share()
+
+    def share(self):
+        """Let the layer see the projection's basis, where it needs it."""
+
+    def factors(self, x, dy):
+        """(left, right), left^T right = R (or G), of x (T, in) and dy (T, out)."""
+        if not self.whole:
+            return self.projection.project(x, dy)
+        return (x, dy) if self.projection.right else (dy, x)
+
+    def direction(self, r, adam, step, dtype):
+        """(P, N) of which W moves by P N; where P is None, by N, (dim, other). r: what was summed up, float32, is
+        overwritten. adam(r): r <- Adam(r), once a step. dtype: in which P N is multiplied."""
+        return self.projection.matrix(dtype), adam(r)
+
+    def move(self, p, n, lr, shrink, key):
+        """W <- shrink * W - lr * scale * (P N), rounded by `key`."""
+        n = n.mul_(-lr * self.scale)
+        if p is None:
+            self.layer.add_low_rank_((n.T if self.projection.right else n).contiguous(), None, shrink, key)
+        else:
+            n = n.to(p.dtype).T.contiguous()
+            self.layer.add_low_rank_(*((n, p) if self.projection.right else (p, n)), shrink, key)
+
+    def turn(self, turn):
+        """Call turn(), by which the projection takes a new basis; returns what it does."""
+        return turn()
+
+    def no_basis(self):
+        """The tensors of a basis with nothing in it yet, for memory.py to count."""
+        return self.projection.encode(torch.empty(self.projection.dim, self.projection.rank))
+
+    def _limit_growth_(self, step):
+        norm = step.norm()
+        if "norm" in self.state:
+            excess = (norm / (self.state["norm"] + 1e-8)).clamp_(min=GROWTH) / GROWTH
+            step /= excess
+            norm = norm / excess
+        self.state["norm"] = norm
+        return step
+
+
+class NaturalGaLore(GaLore):
+    """R goes to Adam divided by the empirical Fisher matrix of the last gradients, H H^T + lambda, with Woodbury's
+    identity: a system of HISTORY equations (arXiv 2410.16029). H, 2 bytes an element, takes HISTORY times R."""
+
+    def __init__(self, projection, layer, scale, key=0):
+        super().__init__(projection, layer, scale, key)
+        device = next(layer.buffers()).device
+        history = torch.zeros(HISTORY, projection.rank * projection.other, dtype=torch.bfloat16, device=device)
+        self.state.update(history=history, seen=0)
+
+    def direction(self, r, adam, step, dtype):
+        s = self.state
+        s["history"][s["seen"] % HISTORY] = r.view(-1)
+        s["seen"] += 1
+        h = s["history"][: s["seen"]].float()
+        g = s["history"][(s["seen"] - 1) % HISTORY].float()  # rounded as in H, or the difference below is rounding
+        gram = h @ h.T / DAMPING
+        gram.diagonal().add_(1)
+        z = torch.linalg.solve(gram, h @ g)
+        r.copy_((g / DAMPING).sub_(z @ h, alpha=DAMPING**-2).view_as(r))
+        return super().direction(r, adam, step, dtype)
+
+
+class Fira(GaLore):
+    """What low rank throws away, S = G - P R, moves W, too: by column as much as Adam made of R (arXiv 2410.01623)."""
+
+    whole = True
+
+    def direction(self, g, adam, step, dtype):
+        p = self.projection.matrix()
+        r = p.T @ g
+        rest, before = g.addmm_(p, r, alpha=-1), r.norm(dim=0)
+        n = adam(r)
+        rest = self._limit_growth_(rest.mul_(n.norm(dim=0) / (before + 1e-8)))
+        return None, rest.addmm_(p, n)
+
+
+class Apollo(GaLore):
+    """W moves by G itself, a column as much as Adam makes of its projection on random directions, which are drawn again
+    each gap, and not kept (arXiv 2412.05270)."""
+
+    whole, dims = True, 0  # dims: the norms that are compared are of columns
+
+    def __init__(self, projection, layer, scale, key=0):
+        super().__init__(projection, layer, scale, key)
+        projection.basis, projection.next_refresh = (), math.inf
+
+    def no_basis(self):
+        return ()
+
+    def matrix(self, step):
+        """P (dim, rank) at `step`, of normal numbers of variance 1 / rank."""
+        p = self.projection
+        device = next(self.layer.buffers()).device
+        u = uniform(random_key(self.key, step // p.gap), 0, p.dim * p.rank, device)
+        return torch.erfinv(2 * u - 1).mul_(math.sqrt(2 / p.rank)).view(p.dim, p.rank)
+
+    def direction(self, g, adam, step, dtype):
+        r = self.matrix(step).T @ g
+        before = r.norm(dim=self.dims)
+        return None, self._limit_growth_(g.mul_(adam(r).norm(dim=self.dims) / (before + 1e-8)))
+
+
+class ApolloMini(Apollo):
+    """APOLLO-Mini: one factor for all of G, at rank 1."""
+
+    dims = None
+
+
+class LoQT(GaLore):
+    """W is frozen, and beside it F moves by N; both are made anew at each refresh (arXiv 2405.16528; see adapters.py).
+    Its own code takes the refresh's gradient at the merged W, by a pass that moves nothing; here it is the step's."""
+
+    def share(self):
+        if self.projection.basis is not None:
+            self.layer.adapter.take(self.projection.basis)
+
+    def move(self, p, n, lr, shrink, key):
+        factor = self.layer.adapter.factor
+        if shrink != 1:
+            factor.mul_(shrink)
+        if factor.dtype == torch.bfloat16:
+            add_bfloat16_(factor, n.bfloat16(), -lr, key or 0)
+        else:
+            factor.add_(n, alpha=-lr)
+
+    def turn(self, turn):
+        w = self.layer.float_weight()
+        found = turn()
+        self.share()
+        self.layer.adapter.settle(self.layer, w)
+        return found
+
+    def no_basis(self):
+        return self.layer.adapter.basis()
+
+
+RULES = {"natural_galore": NaturalGaLore, "fira": Fira, "apollo": Apollo, "apollo_mini": ApolloMini, "loqt": LoQT}

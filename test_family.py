@@ -1,0 +1,272 @@
+"""
+Each of Q-GaLore's sisters against its definition in its paper, or its authors' package:
+    python -m pytest test_family.py
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+import family
+import train
+from adapters import LoQT, LoRA
+from configurator import configure
+from memory import memory_plan
+from methods import BY_TORCH, METHODS, restart
+from model import QLinear
+from qgalore import QGaLore
+from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens
+
+SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
+
+
+def layer_and_optimizer(shape, method, bits=16, **settings):
+    torch.manual_seed(0)
+    layer = QLinear(shape[1], shape[0], bits=bits)
+    settings = {"rank": 8, "gap": 5, "eps": 1e-12, "scale": 1.0, "proj_bits": 16, "moments": "float32", "threshold": 2.0,
+                "stochastic_rounding": False} | settings
+    if method == "loqt":
+        layer.adapter = LoQT(*shape, settings["rank"], settings["scale"], settings["proj_bits"])
+    return layer, QGaLore(layer, lr=0.01, method=method, **settings)
+
+
+def gradients(shape, steps):
+    """x, dy and the gradient G, turned so that its smaller side comes first."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x, dy = (torch.randn(20, n, generator=generator) for n in reversed(shape))
+        g = dy.T @ x
+        yield x, dy, g.T if shape[0] >= shape[1] else g
+
+
+def turned(layer):
+    w = layer.float_weight().clone()
+    return w.T if w.shape[0] >= w.shape[1] else w
+
+
+class Adam:
+    """On one tensor, in plain words."""
+
+    def __init__(self):
+        self.m = self.v = self.t = 0
+
+    def __call__(self, g):
+        self.m, self.v, self.t = 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g**2, self.t + 1
+        return self.m / (1 - 0.9**self.t) / ((self.v / (1 - 0.999**self.t)).sqrt() + 1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fira_adds_the_residual_scaled_by_column_and_limited_in_growth(shape):
+    layer, optimizer = layer_and_optimizer(shape, "fira")
+    projection, adam, norm = next(iter(optimizer.projections.values())), Adam(), None
+    limited = 0
+    for i, (x, dy, g) in enumerate(gradients(shape, 12)):
+        if i == 6:
+            x, g = 3 * x, 3 * g  # a spike
+        before, p = turned(layer), projection.basis and projection.matrix()
+        layer.hook(layer, x, dy)
+        if p is None:
+            assert torch.equal(turned(layer), before)
+            continue
+        r = p.T @ g
+        n = adam(r)
+        rest = (g - p @ r) * (n.norm(dim=0) / r.norm(dim=0))
+        if norm is not None and rest.norm() > 1.01 * norm:
+            rest, limited = rest * 1.01 * norm / rest.norm(), limited + 1
+        norm = rest.norm()
+        torch.testing.assert_close(turned(layer) - before, -0.01 * (p @ n + rest), rtol=1e-3, atol=1e-5)
+    assert limited and optimizer.projections[""].refreshes == 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_natural_galore_divides_by_the_fisher_matrix_of_the_last_twenty_gradients(shape):
+    layer, optimizer = layer_and_optimizer(shape, "natural_galore", rank=2, scale=1.0)
+    rule, seen = optimizer.rules[""], []
+    for _, _, g in gradients(shape, 23):
+        r = (g[:2] * 0.003).contiguous()
+        seen = (seen + [r.flatten().bfloat16().double()])[-family.HISTORY:]
+        h = torch.stack(seen, dim=1)
+        expected = torch.linalg.solve(h @ h.T + family.DAMPING * torch.eye(len(h)), seen[-1])
+        found = []
+        rule.projection.basis = (torch.eye(rule.projection.dim, 2),)
+        rule.direction(r, lambda r: found.append(r.clone()), 0, torch.float32)
+        torch.testing.assert_close(found[0].flatten().double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    assert h.shape[1] == 20 and h.square().sum() > family.DAMPING  # so that the matrix is not lambda alone
+
+
+@pytest.mark.parametrize("method", ["apollo", "apollo_mini"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_apollo_steps_as_its_authors_package(shape, method, monkeypatch):
+    """Without the limiter, which the package lets see norms before Adam's bias correction, and ours after it."""
+    pytest.importorskip("apollo_torch", reason="apollo-torch is not installed")
+    from apollo_torch import APOLLOAdamW
+    from apollo_torch.random_projector import GradientProjector
+
+    monkeypatch.setattr(family, "GROWTH", math.inf)
+    rank, scale = (8, 1.0) if method == "apollo" else (1, 128.0)
+    layer, optimizer = layer_and_optimizer(shape, method, rank=rank, scale=math.sqrt(scale))
+    rule, steps = optimizer.rules[""], []
+    monkeypatch.setattr(rule, "_limit_growth_", lambda step: step)
+
+    def theirs_as_ours(self, gradient, rank, type, seed):
+        p = rule.matrix(len(steps))
+        return p.T if type == "right" else p
+
+    monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", theirs_as_ours)
+    w = nn.Parameter(layer.weight.clone())
+    group = {"params": [w], "rank": rank, "proj": "random", "scale_type": "channel" if rank > 1 else "tensor",
+             "scale": scale, "update_proj_gap": 5, "proj_type": "std"}
+    theirs = APOLLOAdamW([group], lr=0.01, eps=1e-12, disable_nl=True)
+    for x, dy, g in gradients(shape, 12):
+        w.grad = dy.T @ x
+        theirs.step()
+        layer.hook(layer, x, dy)
+        steps.append(1)
+        torch.testing.assert_close(layer.weight, w.data, rtol=1e-4, atol=1e-5)
+
+
+def test_apollos_directions_are_normal_numbers_redrawn_each_gap_and_its_steps_grow_by_a_hundredth_at_most():
+    layer, optimizer = layer_and_optimizer((600, 400), "apollo", rank=100)
+    rule = optimizer.rules[""]
+    p = rule.matrix(0)
+    assert abs(p.mean()) < 2e-3 and p.var().item() == pytest.approx(1 / 100, rel=0.02)
+    assert (p.abs() < 0.1).float().mean().item() == pytest.approx(0.6827, abs=0.01)
+    assert torch.equal(p, rule.matrix(4)) and not torch.equal(p, rule.matrix(5))
+    assert not any(isinstance(t, torch.Tensor) and t.numel() > 1 for t in rule.state.values())
+    norms = []
+    for size in (1.0, 1.0, 100.0, 100.0, 1.0):
+        norms.append(rule._limit_growth_(size * torch.ones(4)).norm().item())
+    assert norms == pytest.approx([2.0, 2.0, 2 * 1.01, 2 * 1.01**2, 2.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)])
+def test_loqt_trains_one_factor_by_its_gradient_and_merges_both_at_a_refresh(shape, bits):
+    layer, optimizer = layer_and_optimizer(shape, "loqt", bits, scale=0.5, gap=4, gap_growth=1.2)
+    adapter, adam = layer.adapter, Adam()
+    start = layer.base_weight()
+    for i, (x, dy, g) in enumerate(gradients(shape, 4)):
+        codes, f = layer.base_weight(), adapter.factor.clone()
+        leaf = f.clone().requires_grad_()
+        p = optimizer.projections[""].basis and optimizer.projections[""].matrix()
+        y = layer(x.requires_grad_())
+        y.backward(dy)
+        if i == 0:  # the first basis: nothing moves, up to what the same weights quantised again differ by
+            torch.testing.assert_close(layer.float_weight(), start, rtol=0, atol=0.02 * start.abs().max().item())
+            continue
+        delta = 0.5 * p @ leaf
+        w = codes + (delta.T if adapter.right else delta)
+        torch.testing.assert_close(y, x @ w.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x.grad, dy @ w, rtol=1e-4, atol=1e-5)
+        (x.detach() @ w.T * dy).sum().backward()
+        expected = f - 0.01 * adam(leaf.grad / 0.5)  # Adam does not see the scale
+        torch.testing.assert_close(adapter.factor, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(layer.base_weight(), codes)
+    refresh = optimizer.projections[""].next_refresh
+    assert refresh == 0 + 4 + 1  # gap + 1.2^0
+    rule, merged, codes = optimizer.rules[""], [], layer.base_weight()
+    turn = rule.turn
+    rule.turn = lambda *args: merged.append(layer.float_weight()) or turn(*args)
+    for x, dy, _ in gradients(shape, 2):
+        layer(x).backward(dy)
+    found, (before,) = layer.float_weight(), merged
+    assert rule.projection.refreshes == 2 and not torch.equal(codes, layer.base_weight())
+    layer.set_weight(before)  # what the codes alone would leave
+    assert (found - before).norm() <= 1.001 * (layer.base_weight() - before).norm()
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_loqts_compensation_leaves_less_of_the_error_than_the_codes_alone(shape):
+    torch.manual_seed(0)
+    layer, w = QLinear(shape[1], shape[0], bits=4), torch.randn(shape) * 0.02
+    layer.adapter = LoQT(*shape, 16, 0.5, 16)
+    side = w if shape[0] >= shape[1] else w.T
+    layer.adapter.take((torch.linalg.svd(side, full_matrices=False)[2][:16].T.contiguous(),))
+    layer.adapter.settle(layer, w)
+    compensated = (layer.float_weight() - w).norm()
+    layer.set_weight(w)
+    assert compensated < 0.95 * (layer.base_weight() - w).norm()
+
+
+def test_a_restart_of_relora_merges_the_adapters_and_keeps_a_hundredth_of_their_moments():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(QLinear(64, 96, bits=16), nn.Tanh(), QLinear(96, 8, bits=16)), torch.randn(20, 64)
+    for layer in (model[0], model[2]):
+        layer.adapter = LoRA(layer.out_features, layer.in_features, 4, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(5):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = model(x)
+    restart(model, optimizer, 1337, 100)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert all(not layer.adapter.b.any() and layer.adapter.a.std() > 0.01 for layer in (model[0], model[2]))
+    for state in optimizer.state.values():
+        kept = state["exp_avg_sq"] > 0
+        assert 0 < kept.sum() <= 0.011 * kept.numel() + 1 and torch.equal(kept, state["exp_avg"] != 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_that_is_projected_can_be_chosen(side):
+    layer, optimizer = layer_and_optimizer((48, 32), "galore", side=side)
+    for x, dy, _ in gradients((48, 32), 2):
+        before = layer.weight.clone()
+        layer.hook(layer, x, dy)
+    moved, p = layer.weight - before, optimizer.projections[""].matrix()
+    assert p.shape == (32 if side == "right" else 48, 8)
+    inside = moved @ p @ p.T if side == "right" else p @ p.T @ moved
+    torch.testing.assert_close(inside, moved, rtol=1e-4, atol=1e-6)
+
+
+OURS = [m for m in METHODS if m in family.RULES or m == "galore8bit"]
+
+
+@pytest.mark.parametrize("method", [*OURS, "relora"])
+def test_each_method_learns_and_resumes_bit_for_bit(shards, tmp_path, method):
+    args = ["train.py", f"--data_dir={shards}", *TINY_RUN, f"--method={method}", "--eval_interval=20",
+            "--lr_decay_iters=40", "--proj_gap=7"]
+    for out, more in (("whole", ["--max_iters=40"]), ("parts", ["--max_iters=20"]),
+                      ("parts", ["--max_iters=40", "--init_from=resume"])):
+        code, _, err = run(*args, f"--out_dir={tmp_path}/{out}", *more)
+        assert code == 0, err
+    whole, parts = read_log(tmp_path / "whole"), read_log(tmp_path / "parts")
+    assert whole[40, "val_loss"] < whole[0, "val_loss"] - 1
+    assert whole == parts
+    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True)["model"] for out in ("whole", "parts"))
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+    code, out, err = run("sample.py", f"--out_dir={tmp_path}/whole", "--prompt=the", "--max_new_tokens=5",
+                         "--device=cpu")
+    assert code == 0 and out.startswith("the"), err
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_micro_batches_make_the_step_of_one_batch(method):
+    weights = []
+    for parts in (1, 4):
+        layer, optimizer = layer_and_optimizer((40, 24), method, 8 if method == "loqt" else 16, accumulation="float32",
+                                               gap=3)
+        for x, dy, _ in gradients((40, 24), 6):
+            for i, (a, b) in enumerate(zip(x.chunk(parts), dy.chunk(parts))):
+                optimizer.accumulating = i < parts - 1
+                layer.hook(layer, a, b)
+        weights.append(layer.float_weight())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_loqt_of_13b_fits_a_24_gb_card():
+    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
+    config = configure(settings, ["config/llama_13b.py", "--method=loqt", "--rank=1024", "--n_kv_head=40"])
+    plan = memory_plan(config | {"gradient_accumulation_steps": 1}, train.build, torch.bfloat16, torch.bfloat16)
+    assert sum(plan.values()) < 23 * 2**30, plan
+
+
+def test_combinations_that_make_no_sense_are_refused(tmp_path):
+    for wrong, *words in ((["--method=loqt", "--weight_bits=16"], "weight_bits=16", "4 or 8"),
+                          (["--method=loqt", "--proj_side=left"], "proj_side", "loqt"),
+                          (["--method=relora", "--weight_bits=4"], "weight_bits=4", "16 or 8"),
+                          (["--proj_side=top"], "proj_side"), (["--method=lotus"], "lotus", "apollo")):
+        one_line_error(run("train.py", f"--out_dir={tmp_path}/out", *wrong), *words)
+    assert not (tmp_path / "out").exists() and set(BY_TORCH) < set(METHODS)
