@@ -41,6 +41,24 @@ class LoRA(nn.Module):
         return self.scale * self.b.detach() @ self.a.detach()
 
 
+class LowRank(nn.Module):
+    """A matrix that is two factors and nothing else, W = u v, u (out_features, rank), v (rank, in_features), both
+    trained: see welore.py."""
+
+    def __init__(self, out_features, in_features, rank, bias=None, dtype=None, device=None):
+        super().__init__()
+        self.u = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+        self.v = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype, device=device))
+        self.bias = bias
+
+    def forward(self, x):
+        y = F.linear(F.linear(x, self.v), self.u)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def float_weight(self, dtype=torch.float32):
+        return (self.u.detach() @ self.v.detach()).to(dtype)
+
+
 class LoQT(nn.Module):
     """scale * P F, or its transpose: P (dim, rank) is the basis of a Projection, in `bits`, and F (rank, other), in
     `dtype`, is trained by the gradient's projection, R, without autograd. Both lie in buffers."""

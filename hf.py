@@ -17,6 +17,7 @@ import shutil
 import torch
 import torch.nn as nn
 
+from adapters import LowRank
 from configurator import configure
 from hf_config import config_json, read_json, settings
 from kernels import dequantize_int8
@@ -57,13 +58,15 @@ def local(path, weights=True):
 
 
 def _hf_names(model):
-    """{name in Hugging Face's checkpoint: (module, "weight" or "bias")} of all that a checkpoint holds."""
+    """{name in Hugging Face's checkpoint: (module, "weight", "bias", or of a LowRank "u" or "v")} of all it holds."""
     names = NAMES | (GEMMA2_NAMES if model.config.post_norms else {})
     found = {}
     for name, module in model.named_modules():
         prefix = ".".join(names.get(part, part) for part in name.split("."))
-        if isinstance(module, QMatrix) or hasattr(module, "weight"):  # a tied head is the embedding itself, met once
-            found[f"{prefix}.weight"] = module, "weight"
+        low_rank = isinstance(module, LowRank)
+        if low_rank or isinstance(module, QMatrix) or hasattr(module, "weight"):  # a tied head is the embedding, met once
+            for kind in ("u", "v") if low_rank else ("weight",):
+                found[f"{prefix}.{kind}"] = module, kind
             if getattr(module, "bias", None) is not None:
                 found[f"{prefix}.bias"] = module, "bias"
     return found
@@ -175,15 +178,10 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
     int8: the QMatrices' codes, scale and zero instead (NAME.q, NAME.scale, NAME.zero), which load() takes back bit for
     bit. like: the checkpoint directory that the model came from, whose tokenizer is copied. The directory takes its
     name when it is complete. Raises ValueError if it exists, or if int8 finds weights that are not INT8."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path = path.rstrip("/")
-    if os.path.exists(path):
-        raise ValueError(f"{path}: exists; name a new directory")
     layers = [module for module in model.modules() if isinstance(module, QLinear)]
-    if int8 and not (layers and all(layer.bits == 8 and layer.adapter is None for layer in layers)):
-        raise ValueError("the model's weights are not INT8, or have adapters beside them: export it with --int8=False")
+    if int8 and not (layers and all(layer.bits == 8 and layer.adapter is None for layer in layers)) or (
+            int8 and model.config.ranks):
+        raise ValueError("the model's weights are not INT8, or not they alone: export it with --int8=False")
     config = config_json(model.config, dtype, like)
     if int8:
         config["quantization_config"] = {"quant_method": "qgalore", "bits": 8, "group_size": layers[0].group_size}
@@ -196,21 +194,40 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
                     yield name.removesuffix("weight") + part, getattr(module, part)
             elif kind == "weight" and isinstance(module, QMatrix):
                 yield name, module.float_weight(dtype)
+            elif isinstance(module, LowRank) and kind != "bias":
+                if kind == "u":
+                    yield name.removesuffix("u") + "weight", module.float_weight(dtype)
             else:
                 t = getattr(module, kind).detach()
                 t = t - 1 if gemma and isinstance(module, RMSNorm) else t
                 yield name, t if int8 else t.to(dtype)
 
+    def check(found):
+        for key, value in found.items():
+            if getattr(model.config, key) != value and not (like and key == "block_size"):
+                raise ValueError(f"{config['architectures'][0]} has no {key} = {getattr(model.config, key)!r}: the "
+                                 "model cannot be exported")
+
+    write(path, config, tensors(), like, check)
+
+
+def write(path, config, tensors, like=None, check=lambda found: None):
+    """Make the checkpoint directory `path` of config.json's object and (name, tensor)s, with the tokenizer of the
+    directory `like`. check is called with the settings that the new config.json gives. `path` takes its name when it is
+    complete. Raises ValueError if it exists or cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = path.rstrip("/")
+    if os.path.exists(path):
+        raise ValueError(f"{path}: exists; name a new directory")
     temporary = path + ".tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
         with open(os.path.join(temporary, "config.json"), "w") as f:
             json.dump(config, f, indent=1)
-        for key, value in settings(temporary).items():
-            if getattr(model.config, key) != value and not (like and key == "block_size"):
-                raise ValueError(f"{config['architectures'][0]} has no {key} = {getattr(model.config, key)!r}: the "
-                                 "model cannot be exported")
+        check(settings(temporary))
         shard, where, total = {}, {}, 0  # where: the number of each tensor's file
 
         def flush():
@@ -219,7 +236,7 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
             where.update(dict.fromkeys(shard, number))
             shard.clear()
 
-        for name, t in tensors():
+        for name, t in tensors:
             if shard and sum(x.nbytes for x in shard.values()) + t.nbytes > _shard:
                 flush()
             shard[name] = t.cpu().contiguous()

@@ -95,6 +95,8 @@ def settings(path):
             "logit_softcap": float(gemma2 and c["final_logit_softcapping"] or 0),
             "sliding_window": window, "global_every": every if window else 0,
         }
+        if c.get("low_rank"):
+            found["low_rank"] = c["low_rank"]
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "head_dim"):
             if type(found[key]) is not int or found[key] < 1:
                 raise ValueError(f"{found[key]!r} for {key}, which is a whole number")

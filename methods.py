@@ -27,8 +27,9 @@ METHODS = {  # the weight_bits that each takes, its own first; and the settings 
     "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; from scratch, what is
     "qlora": ((4,), {}),  # no matrix of a block trains, too. The same on NF4 (arXiv 2305.14314)
     "relora": ((16, 8), {}),  # adapters that are merged and start anew every proj_gap steps (arXiv 2307.05695)
+    "welore": ((16, 8), {}),  # factors that welore.py has put in a checkpoint's matrices, and norms (arXiv 2407.11239)
 }
-BY_TORCH = ("adamw", "lora", "qlora", "relora")
+BY_TORCH = ("adamw", "lora", "qlora", "relora", "welore")
 PRUNED = 0.99  # of an adapter's moments, at a restart
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # LLaMAConfig's fields that no checkpoint brings
 
@@ -63,6 +64,8 @@ def of_model(c, checkpoint=None):
             raise SystemExit(f"error: block_size {c['block_size']}: {c['init_from']} sees {most} tokens")
     if found["pretrained"]:
         found |= {f.name: before[f.name] for f in fields(LLaMAConfig) if f.name in before and f.name not in OF_RUN}
+    if c["method"] == "welore" and not found.get("low_rank"):
+        raise SystemExit("error: method welore trains what welore.py has compressed: name its directory in init_from")
     return found
 
 

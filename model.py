@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import LoRA, LoQT
+from adapters import LoQT, LoRA, LowRank
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
 from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
 from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
@@ -185,6 +185,7 @@ class LLaMAConfig:
     post_norms: bool = False  # norms after attention and MLP, too
     sliding_window: int = 0  # keys that a token sees, itself among them; 0: all before it
     global_every: int = 0  # with a window: every n-th layer sees all keys; 0: none does
+    low_rank: str = ""  # "NAME=RANK ...": matrices of blocks that are two factors (welore.py)
     architecture: str = "LlamaForCausalLM"  # as Hugging Face names it, for hf.py
     checkpoint_activations: bool = False  # keep only the blocks' inputs, compute the rest again in backward
     checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
@@ -195,6 +196,7 @@ class LLaMAConfig:
         if not self.head_dim or self.head_dim % 2 or self.n_head % self.n_kv_head:
             raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size, "
                              f"and n_head a multiple of n_kv_head {self.n_kv_head}")
+        self.ranks = {name: int(rank) for name, _, rank in (part.rpartition("=") for part in self.low_rank.split())}
 
 
 class Attention(nn.Module):
@@ -262,6 +264,10 @@ class LLaMA(nn.Module):
         embedding = partial(embedding or plain_embedding, c.vocab_size, c.n_embd, device=device, dtype=dtype)
         self.embed = embedding()
         self.blocks = nn.ModuleList(Block(c, layer, i, device) for i in range(c.n_layer))
+        for name, rank in c.ranks.items():
+            old = self.get_submodule(name)
+            shape = old.out_features, old.in_features
+            self.set_submodule(name, LowRank(*shape, rank, getattr(old, "bias", None), dtype, device))
         self.norm = RMSNorm(c.n_embd, c.norm_eps, device)
         self.head = self.embed if c.tie_embedding else embedding()  # of which only the rows are used
 
@@ -280,7 +286,7 @@ class LLaMA(nn.Module):
         model = cls(config, linear, "meta" if load else device, dtype, embedding)
         if load:
             load(model)
-        if c.get("freeze_embedding"):
+        if c.get("freeze_embedding") or method == "welore":
             model.embed.requires_grad_(False), model.head.requires_grad_(False)
         if method in ("lora", "qlora") and c.get("pretrained"):
             model.requires_grad_(False)

@@ -62,6 +62,7 @@ class Projection:
         self.last_refresh = self.next_refresh = self.refreshes = 0
         self.similarities = deque(maxlen=k)
         self.arriving = None  # the similarity found by the last refresh, on its way from the device
+        self.turns = []  # (step, similarity, gap) of refreshes, until pop_turns takes them
         self.basis = None  # tensors: (packed, scale, zero), (q, scale, zero) or (P,)
         if self.rank == self.dim:  # any basis spans all, and this one is Adam's own
             self.basis, self.next_refresh = self.encode(torch.eye(self.dim, device=device)), math.inf
@@ -138,16 +139,19 @@ class Projection:
                 if len(self.similarities) == self.similarities.maxlen and mean >= self.threshold:
                     self.gap = min(2 * self.gap, self.max_gap)
                     self.next_refresh = self.last_refresh + self.gap
+                self.turns.append((self.last_refresh, round(found, 4), self.gap))
         return self.next_refresh
 
     def state_dict(self):
         self._settle()
         names = ("gap", "last_refresh", "next_refresh", "refreshes", "basis")
-        return {name: getattr(self, name) for name in names} | {"similarities": list(self.similarities)}
+        lists = {"similarities": list(self.similarities), "turns": list(self.turns)}
+        return {name: getattr(self, name) for name in names} | lists
 
     def load_state_dict(self, state):
         for name in ("gap", "last_refresh", "next_refresh", "refreshes", "basis"):
             setattr(self, name, state[name])
+        self.turns = list(state.get("turns", []))
         self.similarities, self.arriving = deque(state["similarities"], self.similarities.maxlen), None
 
 
@@ -352,6 +356,13 @@ class QGaLore:
                  "refreshes": sum(p.refreshes for p in self.projections.values())}
         self.skipped.zero_()
         return stats
+
+    def pop_turns(self):
+        """{weight: [(step, similarity that the refresh then found, steps to the next)]} that are new, for plot.py."""
+        turns = {name: projection.turns for name, projection in self.projections.items() if projection.turns}
+        for projection in self.projections.values():
+            projection.turns = []
+        return turns
 
     def state_dict(self):
         """Everything that the next step depends on, as tensors, numbers and containers of them."""

@@ -10,12 +10,15 @@ import torch
 import torch.nn as nn
 
 import family
+import hf
 import train
-from adapters import LoQT, LoRA
+import welore
+from adapters import LoQT, LoRA, LowRank
+from checkpoint import load_model
 from configurator import configure
 from memory import memory_plan
 from methods import BY_TORCH, METHODS, restart
-from model import QLinear
+from model import LLaMA, LLaMAConfig, QLinear
 from qgalore import QGaLore
 from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens
 
@@ -270,3 +273,70 @@ def test_combinations_that_make_no_sense_are_refused(tmp_path):
                           (["--proj_side=top"], "proj_side"), (["--method=lotus"], "lotus", "apollo")):
         one_line_error(run("train.py", f"--out_dir={tmp_path}/out", *wrong), *words)
     assert not (tmp_path / "out").exists() and set(BY_TORCH) < set(METHODS)
+
+
+# -----------------------------------------------------------------------------
+# welore.py
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A Hugging Face directory of a tiny LLaMA: a matrix of rank 3, one with a flat spectrum, the others random."""
+    folder = str(tmp_path_factory.mktemp("welore") / "whole")
+    torch.manual_seed(0)
+    model = LLaMA(LLaMAConfig(vocab_size=257, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, ffn_dim=96, block_size=64),
+                  lambda *args, **kwargs: QLinear(*args, bits=16, **kwargs))
+    layers = model.blocks[0].attn
+    layers.q_proj.set_weight(torch.randn(64, 3) @ torch.randn(3, 64) * 0.1)
+    layers.o_proj.set_weight(torch.linalg.qr(torch.randn(64, 64))[0] * 0.1)
+    hf.save(model, folder, dtype=torch.float32)
+    return folder
+
+
+def test_welore_keeps_ranks_by_one_threshold_and_what_it_makes_computes_the_product(pretrained, tmp_path):
+    low, ranks, numbers = welore.compress(pretrained, str(tmp_path / "low"), keep=0.5, least=0.5)
+    name = "model.layers.0.self_attn.{}_proj.weight".format
+    whole, model = hf.load(pretrained, 16, torch.float32), hf.load(str(tmp_path / "low"), 16, torch.float32)
+    assert low[name("q")] <= 3 and name("o") not in low  # a flat spectrum stays
+    attn = model.blocks[0].attn
+    assert isinstance(attn.q_proj, LowRank) and attn.q_proj.v.shape == (low[name("q")], 64)
+    assert isinstance(attn.o_proj, QLinear) and torch.equal(attn.o_proj.weight, whole.blocks[0].attn.o_proj.weight)
+    values = {n: torch.linalg.svdvals(m.weight) for n, m in whole.named_modules() if isinstance(m, QLinear)}
+    chosen, most = welore.choose_ranks(values, 0.5), sum(map(len, values.values()))
+    assert abs(sum(chosen.values()) - 0.5 * most) <= len(values)
+    for n, s in values.items():
+        module = model.get_submodule(n)
+        if isinstance(module, LowRank):
+            k = module.u.shape[1]
+            assert k == max(1, chosen[n]) < 0.5 * len(s)
+            error = (module.float_weight() - whole.get_submodule(n).weight).norm()
+            assert error.item() == pytest.approx(s[k:].norm().item(), rel=1e-3, abs=1e-5)  # Eckart-Young
+    modules = {n: module for n, module in model.named_modules() if n in values}
+    count = sum(sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in modules.values())
+    assert numbers == pytest.approx(count / sum(m.weight.numel() for m in whole.modules() if isinstance(m, QLinear)))
+    assert ranks > 0.5  # as what stays whole keeps all
+
+
+def test_what_welore_made_trains_its_factors_and_norms_alone_resumes_and_exports(pretrained, shards, tmp_path):
+    code, out, err = run("welore.py", f"--model={pretrained}", f"--out={tmp_path}/low", "--keep=0.6", "--least=0.7")
+    assert code == 0 and "matrices became factors" in out, err
+    args = ["train.py", f"--data_dir={shards}", "--encoding=bytes", "--block_size=32", "--batch_size=4", "--device=cpu",
+            "--method=welore", "--learning_rate=0.01", "--warmup_iters=2", "--eval_interval=10", "--eval_iters=4",
+            "--lr_decay_iters=20", f"--out_dir={tmp_path}/out"]
+    one_line_error(run(*args, "--max_iters=1"), "welore.py", "init_from")
+    start = hf.load(f"{tmp_path}/low", 16, torch.float32).state_dict()
+    code, _, err = run(*args, f"--init_from={tmp_path}/low", "--max_iters=10")
+    assert code == 0, err
+    code, _, err = run(*args, "--init_from=resume", "--max_iters=20")
+    assert code == 0, err
+    log, (model, _) = read_log(tmp_path / "out"), load_model(f"{tmp_path}/out", "cpu")
+    assert log[20, "val_loss"] < log[10, "val_loss"] < log[0, "val_loss"]
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, start[name]) == (not name.endswith((".u", ".v", "norm.weight"))), name
+    hf.save(model, f"{tmp_path}/hf", dtype=torch.float32)
+    again, x = hf.load(f"{tmp_path}/hf", 16, torch.float32), tokens(2, 16, 257)[0]
+    assert not again.config.ranks
+    torch.testing.assert_close(again(x), model(x), rtol=1e-3, atol=1e-4)
+    one_line_error(run("welore.py", f"--model={tmp_path}/low", f"--out={tmp_path}/lower"), "compressed before")
+    one_line_error(run("welore.py", f"--model={pretrained}", f"--out={tmp_path}/low"), "exists")
+    one_line_error(run("welore.py", f"--model={pretrained}"), "--out=")

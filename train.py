@@ -70,7 +70,7 @@ checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
 method = "qgalore"  # or "adamw", "adam8bit", "galore", "galore8bit", "natural_galore", "fira", "apollo", "apollo_mini",
-# "loqt", "lora", "qlora", "relora": see methods.py
+# "loqt", "lora", "qlora", "relora", "welore": see methods.py
 rank = 128  # of the projections, or of LoRA's adapters
 proj_gap = 200  # steps between a layer's refreshes, at first; between the restarts of relora
 gap_growth = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
@@ -279,10 +279,11 @@ def main():
         if not main_rank:
             return
         log_file.write(json.dumps(entry) + "\n")
+        numbers = {key: value for key, value in entry.items() if key != "subspaces"}
         if wandb_log:
-            wandb.log(entry, step=entry["iter"])
+            wandb.log(numbers, step=entry["iter"])
         if tensorboard_log:
-            for key, value in entry.items():
+            for key, value in numbers.items():
                 writer.add_scalar(key, value, entry["iter"])
 
     stopped = []  # the signals that asked us to stop
@@ -358,6 +359,8 @@ def main():
                 entry["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB  # with what lies in fragments
             stats = {"grad_norm": norm.item()} if by_torch else optimizer.pop_stats()
             entry.update(stats)
+            if not by_torch and (turns := optimizer.pop_turns()):
+                entry["subspaces"] = turns
             if peak_flops:
                 entry["mfu"] = entry["tokens_per_s"] * model.flops_per_token() / (peak_flops * ranks.size)
             log(entry)
