@@ -1277,7 +1277,8 @@ def test_each_method_learns_follows_the_schedule_and_leaves_its_files(shards, tm
     assert peak[:2] == pytest.approx([0.01 / 3, 0.02 / 3]) and peak[2] == pytest.approx(0.01)
     assert all(a > b for a, b in zip(peak[2:], peak[3:])) and peak[-1] == pytest.approx(0.001, rel=0.05)
     assert lines[-1]["tokens"] == 40 * 4 * 32
-    assert sorted(os.listdir(tmp_path)) == ["ckpt-1.pt", "ckpt.pt", "config.json", "log.jsonl", "loss.png"]
+    pictures = {"loss.png"} | ({"subspaces.png"} if "galore" in method else set())
+    assert set(os.listdir(tmp_path)) == {"ckpt-1.pt", "ckpt.pt", "config.json", "log.jsonl"} | pictures
     code, out, err = run(
         "sample.py", f"--out_dir={tmp_path}", "--prompt=the wei", "--max_new_tokens=20", "--device=cpu"
     )
