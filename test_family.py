@@ -16,8 +16,8 @@ import welore
 from adapters import LoQT, LoRA, LowRank
 from checkpoint import load_model
 from configurator import configure
-from memory import memory_plan
-from methods import BY_TORCH, METHODS, restart
+from memory import Live, memory_plan
+from methods import BY_TORCH, METHODS, of_method, restart
 from model import LLaMA, LLaMAConfig, QLinear
 from qgalore import QGaLore
 from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens
@@ -257,6 +257,28 @@ def test_micro_batches_make_the_step_of_one_batch(method):
                 layer.hook(layer, a, b)
         weights.append(layer.float_weight())
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [*OURS, "relora"])
+def test_the_memory_plan_counts_what_each_method_keeps(method):
+    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
+    shape = "--n_layer=2 --n_embd=128 --n_head=4 --n_kv_head=4 --ffn_dim=352 --vocab_size=512 --batch_size=4".split()
+    bits = ["--weight_bits=8"] * (method == "loqt")  # bitsandbytes makes NF4 on the CPU with temporaries of its own
+    config = configure(settings, [*shape, "--rank=32", f"--method={method}", *bits])
+    config |= of_method(config)
+    plan = memory_plan(config, train.build, torch.float32, torch.float32)
+    with Live() as live:
+        model, optimizer = train.build(config, "cpu", torch.float32)
+        for _ in range(2):
+            model(*tokens(4, 256, 512)).backward()
+            optimizer.step()
+            if method == "relora":
+                optimizer.zero_grad()
+    assert sum(plan.values()) == pytest.approx(live.peak, rel=0.03)
+    if method == "natural_galore":  # 20 gradients of 2 bytes an element
+        assert plan["moments"] > 40 * sum(p.rank * p.other for p in optimizer.projections.values())
+    if method.startswith("apollo"):
+        assert plan["projections"] == 0
 
 
 def test_loqt_of_13b_fits_a_24_gb_card():
