@@ -80,7 +80,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
             due = -(-len(optimizer.projections) // settings["proj_gap"])  # layers that refresh in one step, later
             for name, rule in optimizer.rules.items():
                 optimizer.projections[name].basis = rule.no_basis()
-            for i, projection in enumerate(sorted(optimizer.projections.values(), key=lambda p: -p.other)):
+            for i, projection in enumerate(sorted(reversed(optimizer.projections.values()), key=lambda p: -p.other)):
                 if projection.next_refresh < math.inf:
                     projection.next_refresh = 0 if i < due else 1
             plan["projections"] = live.now - first - sum(plan.values())

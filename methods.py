@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 
 import hf
+from family import RULES
 from model import LLaMA, LLaMAConfig, QLinear
 from qgalore import QGaLore
 from quant import random_key
@@ -78,8 +79,8 @@ def build(c, device, dtype, ranks=None):
         return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
                               c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
                               c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
-                              c["accumulation"], c["grad_clip"], c["seed"], ranks, c["method"], c["proj_side"],
-                              c["gap_growth"])
+                              c["accumulation"], c["grad_clip"], c["seed"], ranks,
+                              c["method"] if c["method"] in RULES else "galore", c["proj_side"], c["gap_growth"])
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
     vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}

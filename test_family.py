@@ -11,6 +11,7 @@ import torch.nn as nn
 
 import family
 import hf
+import plot
 import train
 import welore
 from adapters import LoQT, LoRA, LowRank
@@ -32,7 +33,7 @@ def layer_and_optimizer(shape, method, bits=16, **settings):
                 "stochastic_rounding": False} | settings
     if method == "loqt":
         layer.adapter = LoQT(*shape, settings["rank"], settings["scale"], settings["proj_bits"])
-    return layer, QGaLore(layer, lr=0.01, method=method, **settings)
+    return layer, QGaLore(layer, lr=0.01, rule=method, **settings)
 
 
 def gradients(shape, steps):
@@ -224,7 +225,7 @@ def test_the_side_that_is_projected_can_be_chosen(side):
     torch.testing.assert_close(inside, moved, rtol=1e-4, atol=1e-6)
 
 
-OURS = [m for m in METHODS if m in family.RULES or m == "galore8bit"]
+OURS = [m for m in METHODS if m in family.RULES and m != "galore"] + ["galore8bit"]
 
 
 @pytest.mark.parametrize("method", [*OURS, "relora"])
@@ -295,6 +296,33 @@ def test_combinations_that_make_no_sense_are_refused(tmp_path):
                           (["--proj_side=top"], "proj_side"), (["--method=lotus"], "lotus", "apollo")):
         one_line_error(run("train.py", f"--out_dir={tmp_path}/out", *wrong), *words)
     assert not (tmp_path / "out").exists() and set(BY_TORCH) < set(METHODS)
+
+
+# -----------------------------------------------------------------------------
+# plot.py
+
+
+def test_the_heat_map_shows_each_refresh_where_it_was_and_an_interrupted_run_loses_none(shards, tmp_path):
+    args = ["train.py", f"--data_dir={shards}", *TINY_RUN, "--proj_gap=3", "--log_interval=4", "--lr_decay_iters=40",
+            "--eval_interval=17"]
+    for out, more in (("whole", ["--max_iters=40"]), ("parts", ["--max_iters=17"]),
+                      ("parts", ["--max_iters=40", "--init_from=resume"])):
+        code, _, err = run(*args, f"--out_dir={tmp_path}/{out}", *more)
+        assert code == 0, err
+    logs = [plot.read_log(tmp_path / out / "log.jsonl") for out in ("whole", "parts")]
+    names, similarity, gap = plot.subspaces(logs[0])
+    assert plot.subspaces(logs[1])[0] == names and len(names) == 14 and names[:2] == [
+        "blocks.0.attn.k_proj", "blocks.1.attn.k_proj"]
+    assert str((similarity, gap)) == str(plot.subspaces(logs[1])[1:])  # NaN and all
+    turns = [turn for entry in logs[0] for turn in entry.get("subspaces", {}).get(names[0], [])]
+    assert len(turns) > 4 and [step for step, _, _ in turns] == sorted({step for step, _, _ in turns})
+    for (step, value, width), (after, _, _) in zip(turns, turns[1:]):
+        assert after == step + width and similarity[0][step:after] == [value] * width and gap[0][after - 1] == width
+    seen, hours = zip(*plot.hours_at(logs[0]))
+    assert list(hours) == sorted(hours) and seen[-1] == max(entry["tokens"] for entry in logs[0] if "loss" in entry)
+    code, out, err = run("plot.py", f"--out_dir={tmp_path}/whole,{tmp_path}/par*", f"--image={tmp_path}/runs.png")
+    assert code == 0 and (tmp_path / "runs.png").stat().st_size > 10_000, err
+    one_line_error(run("plot.py", f"--out_dir={tmp_path}/none"), "none")
 
 
 # -----------------------------------------------------------------------------

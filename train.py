@@ -69,8 +69,7 @@ checkpoint_activations = False  # compute each block's forward again in backward
 checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
-method = "qgalore"  # or "adamw", "adam8bit", "galore", "galore8bit", "natural_galore", "fira", "apollo", "apollo_mini",
-# "loqt", "lora", "qlora", "relora", "welore": see methods.py
+method = "qgalore"  # or another of methods.py: "adamw", "adam8bit", "galore", "fira", "apollo", "loqt", "lora" ...
 rank = 128  # of the projections, or of LoRA's adapters
 proj_gap = 200  # steps between a layer's refreshes, at first; between the restarts of relora
 gap_growth = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
