@@ -90,19 +90,20 @@ class LoQT(nn.Module):
     def settle(self, layer, w):
         """Make layer's codes and F, in the basis that has just been taken, represent w (out_features, in_features)
         float32. In turns the codes take what F leaves, and F what the codes leave; the best pair stays."""
-        p = decode(self.basis())
-        inverse, wanted, f = torch.linalg.pinv(p), w, torch.zeros_like(self.factor, dtype=torch.float32)
+        p, wanted = decode(self.basis()), w
+        inverse, f = torch.linalg.pinv(p), torch.zeros_like(self.factor, dtype=torch.float32)
         best = {"error": torch.full((), math.inf, device=w.device)}
-        for _ in range(1 + COMPENSATIONS):
+        turned = lambda t: t.T if self.right else t  # between (out, in) and (dim, other)
+        for _ in range(1 + COMPENSATIONS):  # at most three float matrices of w's size at a time
             layer.set_weight(wanted)
-            rest = w - layer.base_weight()
-            rest = rest.T if self.right else rest  # (dim, other)
-            new = {"error": (rest - self.scale * (p @ f)).norm(), "factor": f, **dict(layer.named_buffers(recurse=False))}
+            wanted = None
+            rest = turned(w).sub(turned(layer.base_weight()))
+            new = {"error": torch.addmm(rest, p, f, alpha=-self.scale).norm(), "factor": f}
+            new |= dict(layer.named_buffers(recurse=False))
             better = new["error"] < best["error"]  # on the device: nothing waits for it
             best = {name: t.where(better, best.get(name, t)) for name, t in new.items()}
             f = inverse @ rest / self.scale
-            product = self.scale * (p @ f)
-            wanted = w - (product.T if self.right else product)
+            wanted = turned(torch.addmm(turned(w), p, f, alpha=-self.scale, out=rest))
         self.factor.copy_(best["factor"])
         for name, _ in list(layer.named_buffers(recurse=False)):
             layer.register_buffer(name, best[name])
