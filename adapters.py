@@ -107,3 +107,22 @@ class LoQT(nn.Module):
         self.factor.copy_(best["factor"])
         for name, _ in list(layer.named_buffers(recurse=False)):
             layer.register_buffer(name, best[name])
+
+
+def adapter(out_features, in_features, settings, dtype=None, device=None):
+    """What the method of a run's settings puts beside a matrix."""
+    c, shape = settings, (out_features, in_features, settings["rank"])
+    if c["method"] == "loqt":
+        return LoQT(*shape, c["galore_scale"], c["proj_bits"], dtype, device)
+    return LoRA(*shape, c["lora_alpha"], device)
+
+
+def put_low_rank(model, ranks, dtype=None, device=None):
+    """Put a LowRank in the place of each matrix that `ranks`, {name: rank}, names. Raises ValueError if one is not there."""
+    matrices = {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
+    for name, rank in ranks.items():
+        if name not in matrices:
+            raise ValueError(f"low_rank: the model has no matrix {name!r}")
+        old = matrices[name]
+        shape = old.out_features, old.in_features
+        model.set_submodule(name, LowRank(*shape, rank, getattr(old, "bias", None), dtype, device))

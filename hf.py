@@ -64,7 +64,7 @@ def _hf_names(model):
     for name, module in model.named_modules():
         prefix = ".".join(names.get(part, part) for part in name.split("."))
         low_rank = isinstance(module, LowRank)
-        if low_rank or isinstance(module, QMatrix) or hasattr(module, "weight"):  # a tied head is the embedding, met once
+        if low_rank or isinstance(module, QMatrix) or hasattr(module, "weight"):  # a tied head is met once
             for kind in ("u", "v") if low_rank else ("weight",):
                 found[f"{prefix}.{kind}"] = module, kind
             if getattr(module, "bias", None) is not None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import LoQT, LoRA, LowRank
+from adapters import adapter, put_low_rank
 from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
 from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
 from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
@@ -264,10 +264,7 @@ class LLaMA(nn.Module):
         embedding = partial(embedding or plain_embedding, c.vocab_size, c.n_embd, device=device, dtype=dtype)
         self.embed = embedding()
         self.blocks = nn.ModuleList(Block(c, layer, i, device) for i in range(c.n_layer))
-        for name, rank in c.ranks.items():
-            old = self.get_submodule(name)
-            shape = old.out_features, old.in_features
-            self.set_submodule(name, LowRank(*shape, rank, getattr(old, "bias", None), dtype, device))
+        put_low_rank(self, c.ranks, dtype, device)
         self.norm = RMSNorm(c.n_embd, c.norm_eps, device)
         self.head = self.embed if c.tie_embedding else embedding()  # of which only the rows are used
 
@@ -292,11 +289,7 @@ class LLaMA(nn.Module):
             model.requires_grad_(False)
         if method in ("lora", "qlora", "relora", "loqt"):
             for layer in [module for module in model.modules() if isinstance(module, QLinear)]:
-                shape = layer.out_features, layer.in_features, c["rank"]
-                if method == "loqt":
-                    layer.adapter = LoQT(*shape, c["galore_scale"], c["proj_bits"], dtype, device)
-                else:
-                    layer.adapter = LoRA(*shape, c["lora_alpha"], device)
+                layer.adapter = adapter(layer.out_features, layer.in_features, c, dtype, device)
         return model
 
     def hidden(self, idx, caches=None, position=0, documents=None):

@@ -191,8 +191,9 @@ class QGaLore:
     lr: of ordinary parameters; projected weights move at lr * scale. rank: of the projections, clamped to a weight's
     smaller side. gap: steps between refreshes; it doubles where the mean similarity of the last k reaches threshold
     (a threshold over 1 keeps it fixed); gap_growth: gap number i is longer by gap_growth^i. proj_bits: 4, 8 or 16 (not
-    quantised). side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller. rule: how the
-    gradient steps a weight, see family.py. moments, moments_at_refresh: see Moments. stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
+    quantised). side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller. rule: how the gradient
+    steps a weight, see family.py. moments, moments_at_refresh: see Moments. stochastic_rounding: False rounds INT8
+    weights to nearest. svd: exact, in place of the sketch.
     accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad.
     ranks: see parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero;
     pop_stats() counts it.

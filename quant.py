@@ -101,11 +101,13 @@ def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
     """W <- round(shrink * W + left @ right^T) in place, the sum formed in float32 (Q-GaLore, section 3.4).
 
     q int8 (rows, cols), scale, zero float32 (rows, n_groups): overwritten, a block of rows at a time. left (rows, r),
-    right (cols, r): of one float dtype; with right None, left (rows, cols) is the step. key: a random_key for stochastic rounding, where element (i, j) draws number
-    i * cols + j; None rounds to nearest. A group of which a new value is not finite stays as it was.
+    right (cols, r): of one float dtype; with right None, left (rows, cols) is the step. key: a random_key for
+    stochastic rounding, where element (i, j) draws number i * cols + j; None rounds to nearest. A group of which a new
+    value is not finite stays as it was.
     """
     for at, start in _blocks(q):
-        w = dequantize_int8(q[at], scale[at], zero[at]).mul_(shrink).add_(left[at] if right is None else left[at] @ right.T)
+        step = left[at] if right is None else left[at] @ right.T
+        w = dequantize_int8(q[at], scale[at], zero[at]).mul_(shrink).add_(step)
         _requantize_int8_(q[at], scale[at], zero[at], w, key, start)
 
 

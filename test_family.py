@@ -29,8 +29,8 @@ SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
 def layer_and_optimizer(shape, method, bits=16, **settings):
     torch.manual_seed(0)
     layer = QLinear(shape[1], shape[0], bits=bits)
-    settings = {"rank": 8, "gap": 5, "eps": 1e-12, "scale": 1.0, "proj_bits": 16, "moments": "float32", "threshold": 2.0,
-                "stochastic_rounding": False} | settings
+    settings = {"rank": 8, "gap": 5, "eps": 1e-12, "scale": 1.0, "proj_bits": 16, "moments": "float32",
+                "threshold": 2.0, "stochastic_rounding": False} | settings
     if method == "loqt":
         layer.adapter = LoQT(*shape, settings["rank"], settings["scale"], settings["proj_bits"])
     return layer, QGaLore(layer, lr=0.01, rule=method, **settings)
@@ -390,3 +390,9 @@ def test_what_welore_made_trains_its_factors_and_norms_alone_resumes_and_exports
     one_line_error(run("welore.py", f"--model={tmp_path}/low", f"--out={tmp_path}/lower"), "compressed before")
     one_line_error(run("welore.py", f"--model={pretrained}", f"--out={tmp_path}/low"), "exists")
     one_line_error(run("welore.py", f"--model={pretrained}"), "--out=")
+    with open(tmp_path / "low" / "config.json") as f:
+        config = f.read()
+    for right, wrong, word in (("blocks.0", "blocks.7", "blocks.7"), ("q_proj=", "q_proj=1", "expected"),
+                               ("q_proj=", "q_proj=x", "config.json")):
+        (tmp_path / "low" / "config.json").write_text(config.replace(right, wrong, 1))
+        one_line_error(run(*args, f"--init_from={tmp_path}/low", "--max_iters=1"), word)

@@ -119,7 +119,9 @@ def learning_rate_at(it):
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     warm = min(1.0, (it % proj_gap + 1) / (proj_gap // 10 + 1)) if method == "relora" else 1.0  # again at each restart
-    progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters)) if decay_lr else 0.0
+    if not decay_lr:
+        return warm * learning_rate
+    progress = min(1.0, (it - warmup_iters) / max(1, last - warmup_iters))
     return warm * (low + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - low))
 
 

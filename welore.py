@@ -101,7 +101,8 @@ def main():
         low, ranks, numbers = compress(hf.local(model), out, keep, least, uniform, kind)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
-    print(f"{out}: {len(low)} matrices became factors; kept {ranks:.3f} of all ranks, {numbers:.3f} of the matrices' numbers")
+    print(f"{out}: {len(low)} matrices became factors; kept {ranks:.3f} of all ranks, {numbers:.3f} of the matrices' "
+          "numbers")
 
 
 if __name__ == "__main__":
