@@ -118,7 +118,8 @@ def adapter(out_features, in_features, settings, dtype=None, device=None):
 
 
 def put_low_rank(model, ranks, dtype=None, device=None):
-    """Put a LowRank in the place of each matrix that `ranks`, {name: rank}, names. Raises ValueError if one is not there."""
+    """Put a LowRank in the place of each matrix that `ranks`, {name: rank}, names. Raises ValueError where there is
+    none."""
     matrices = {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
     for name, rank in ranks.items():
         if name not in matrices:
