@@ -165,5 +165,5 @@ class LoQT(GaLore):
         return self.layer.adapter.basis()
 
 
-RULES = {"galore": GaLore, "natural_galore": NaturalGaLore, "fira": Fira, "apollo": Apollo,
-         "apollo_mini": ApolloMini, "loqt": LoQT}
+RULES = {"galore": GaLore, "natural_galore": NaturalGaLore, "fira": Fira, "qfira": Fira,
+         "apollo": Apollo, "apollo_mini": ApolloMini, "loqt": LoQT}
