@@ -241,12 +241,13 @@ def test_each_method_learns_and_resumes_bit_for_bit(shards, tmp_path, method):
     assert whole == parts
     a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True)["model"] for out in ("whole", "parts"))
     assert all(torch.equal(t, b[name]) for name, t in a.items())
-    code, out, err = run("sample.py", f"--out_dir={tmp_path}/whole", "--prompt=the", "--max_new_tokens=5",
-                         "--device=cpu")
-    assert code == 0 and out.startswith("the"), err
+    if method == "loqt":  # its factors and basis come with the model
+        args = f"--out_dir={tmp_path}/whole", "--prompt=the", "--max_new_tokens=5", "--device=cpu"
+        code, out, err = run("sample.py", *args)
+        assert code == 0 and out.startswith("the"), err
 
 
-@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("method", family.RULES)
 def test_micro_batches_make_the_step_of_one_batch(method):
     weights = []
     for parts in (1, 4):
