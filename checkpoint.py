@@ -18,7 +18,7 @@ from prepare_c4 import replacing
 FORMAT = 2  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",
               "weight_bits", "weight_group_size", "rank", "lora_alpha", "proj_bits", "moments",
-              "freeze_embedding", "embed_bits")
+              "freeze_embedding", "embed_bits", "proj_side")
 
 
 def paths(out_dir):
@@ -79,7 +79,7 @@ def load_checkpoint(out_dir):
 
 def check_same_model(checkpoint, config):
     """Exit with one line if a checkpoint is of another model or method than `config`."""
-    for key in SHAPE_KEYS:
+    for key in (*SHAPE_KEYS, *["galore_scale"] * (config["method"] == "loqt")):  # there a part of the weights
         if checkpoint["config"].get(key, config[key]) != config[key]:
             raise SystemExit(f"error: {checkpoint['path']} was trained with {key} = {checkpoint['config'][key]!r}, "
                              f"this run has {config[key]!r}")

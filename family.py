@@ -20,7 +20,7 @@ DAMPING = 1e-3  # lambda, which is added to it
 class GaLore:
     """W moves by P N, N = Adam(R): GaLore (arXiv 2403.03507), Q-GaLore (2407.08296)."""
 
-    whole = False  # what micro-batches add up is R; True: it is G, 1 / rank * dim times as large
+    whole = False  # what micro-batches add up is R; True: it is G, dim / rank times as large
 
     def __init__(self, projection, layer, scale, key=0):
         self.projection, self.layer, self.scale, self.key = projection, layer, scale, key

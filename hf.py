@@ -57,7 +57,7 @@ def local(path, weights=True):
         raise ValueError(f"{path} is no directory, and as a repository was not fetched: {first_line(e)}")
 
 
-def _hf_names(model):
+def hf_names(model):
     """{name in Hugging Face's checkpoint: (module, "weight", "bias", or of a LowRank "u" or "v")} of all it holds."""
     names = NAMES | (GEMMA2_NAMES if model.config.post_norms else {})
     found = {}
@@ -72,7 +72,7 @@ def _hf_names(model):
     return found
 
 
-def _files(path):
+def tensor_files(path):
     """{tensor: safetensors file} of a checkpoint directory."""
     index, single = os.path.join(path, "model.safetensors.index.json"), os.path.join(path, "model.safetensors")
     listed = {}
@@ -111,7 +111,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
 
     dtype: of what is not quantised, but norms and the biases of QLinears, which are float32. Raises ValueError, naming
     file and tensor, for a file or tensor that is missing, damaged, of another shape, unknown, or not finite."""
-    held, wanted, tied = _files(path), _hf_names(model), model.config.tie_embedding
+    held, wanted, tied = tensor_files(path), hf_names(model), model.config.tie_embedding
     held = {name: file for name, file in held.items()
             if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")}
     codes = {name: [name.removesuffix("weight") + part for part in INT8_NAMES] for name in wanted}
@@ -127,7 +127,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
         shape = (module.out_features, module.in_features) if matrix else getattr(module, kind).shape
         if name in codes:
             groups = (shape[0], None)
-            q, scale, zero = (_read(held, *args).to(device, copy=True) for args in zip(
+            q, scale, zero = (read_tensor(held, *args).to(device, copy=True) for args in zip(
                 codes[name], (shape, groups, groups), (torch.int8, torch.float32, torch.float32)))
             if matrix and module.bits == 8 and scale.shape == module.scale.shape:
                 for part, t in zip(INT8_NAMES, (q, scale, zero)):
@@ -135,7 +135,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
                 continue
             t = dequantize_int8(q, scale, zero)
         else:
-            t = _read(held, name, shape)
+            t = read_tensor(held, name, shape)
         if matrix:
             module.set_weight(t.to(device, dtype, copy=True) if module.bits == 16 else t.to(device))
             del t  # before the next is read
@@ -146,7 +146,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
         setattr(module, kind, nn.Parameter(t, getattr(module, kind).requires_grad))
 
 
-def _read(held, name, shape, dtype=None):
+def read_tensor(held, name, shape, dtype=None):
     """Tensor `name` of the files `held`, checked, in the file's own memory: to be copied if it is kept. shape: None for
     a length that may be any; dtype: None for any float."""
     with _open(held[name]) as f:
@@ -188,7 +188,7 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
     gemma = model.config.architecture.startswith("Gemma")
 
     def tensors():
-        for name, (module, kind) in _hf_names(model).items():
+        for name, (module, kind) in hf_names(model).items():
             if int8 and kind == "weight" and isinstance(module, QMatrix):
                 for part in INT8_NAMES:
                     yield name.removesuffix("weight") + part, getattr(module, part)

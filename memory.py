@@ -45,13 +45,13 @@ class Live(TorchDispatchMode):
 def memory_plan(settings, build, weight_dtype, dtype):
     """{part: bytes} of a run, at the peak of its worst step.
 
-    settings: train.py's. build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
+    settings: train.py's, with what the method makes of them.
+    build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
     """
     live, plan = Live(), {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, settings["gradient_accumulation_steps"])
-    if settings["moments"] == "8bit" or settings["weight_bits"] == 4 or settings["method"] in (
-            "adam8bit", "galore8bit", "loqt", "qlora"):
+    if settings["moments"] == "8bit" or settings["weight_bits"] == 4:
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model, optimizer = build(settings, "cpu", weight_dtype)

@@ -163,7 +163,7 @@ def test_gradients_are_those_of_transformers_with_and_without_checkpointed_block
     got = ours(idx, targets)
     got.backward()
     assert abs(got - loss) < 1e-5
-    named, wanted = dict(theirs.named_parameters()), hf._hf_names(ours)
+    named, wanted = dict(theirs.named_parameters()), hf.hf_names(ours)
     for name, (module, part) in wanted.items():
         assert close(getattr(module, part).grad, named[name].grad, 1e-4 * (1 + named[name].grad.abs().max())), name
 

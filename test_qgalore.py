@@ -42,6 +42,7 @@ from bench import study
 from checkpoint import save_checkpoint
 from configurator import configure
 from memory import Live, memory_plan, refuse_what_does_not_fit
+from methods import of_method
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from moments import Moments, Sum
 from parallel import Ranks
@@ -1294,6 +1295,7 @@ def test_the_memory_plan_is_what_a_real_step_takes(args):
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
     shape = "--n_layer=2 --n_embd=128 --n_head=4 --n_kv_head=4 --ffn_dim=352 --vocab_size=512 --batch_size=4".split()
     config = configure(settings, [*shape, "--rank=32", *args])
+    config |= of_method(config)
     plan = memory_plan(config, train.build, torch.float32, torch.float32)
     with Live() as live:
         model, optimizer = train.build(config, "cpu", torch.float32)

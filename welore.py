@@ -60,13 +60,13 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
     with torch.device("meta"):
         empty = LLaMA(LLaMAConfig(**found), lambda *args, **kwargs: QLinear(*args, bits=16, **kwargs))
     names = {module: name for name, module in empty.named_modules() if isinstance(module, QLinear)}
-    held, parts = hf._files(path), hf._hf_names(empty)
+    held, parts = hf.tensor_files(path), hf.hf_names(empty)
     matrices = {name: names[module] for name, (module, kind) in parts.items() if kind == "weight" and module in names}
     shapes = {name: getattr(module, kind).shape for name, (module, kind) in parts.items()}
     for name in parts:
         if name not in held:
             raise ValueError(f"{path}: there is no tensor {name}, in floats")
-    read = lambda name: hf._read(held, name, shapes[name]).to(device)
+    read = lambda name: hf.read_tensor(held, name, shapes[name]).to(device)
     values = {name: torch.linalg.svdvals(read(name).float()).cpu() for name in tqdm(matrices, "spectra")}
     ranks = choose_ranks(values, keep)
     if uniform:
