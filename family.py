@@ -30,11 +30,15 @@ class GaLore:
     def share(self):
         """Let the layer see the projection's basis, where it needs it."""
 
-    def factors(self, x, dy):
-        """(left, right), left^T right = R (or G), of x (T, in) and dy (T, out)."""
+    def factors(self, x, dy, last):
+        """(left, right), left^T right = R (or G), of x (T, in) and dy (T, out). last: of the step's micro-batches."""
         if not self.whole:
             return self.projection.project(x, dy)
         return (x, dy) if self.projection.right else (dy, x)
+
+    def measured(self, gradient):
+        """What of the sum is looked at for its norm."""
+        return gradient
 
     def direction(self, r, adam, step, dtype):
         """(P, N) of which W moves by P N; where P is None, by N, (dim, other). r: what was summed up, float32, is
@@ -92,16 +96,25 @@ class NaturalGaLore(GaLore):
 
 
 class Fira(GaLore):
-    """What low rank throws away, S = G - P R, moves W, too: by column as much as Adam made of R (arXiv 2410.01623)."""
+    """What low rank throws away, S = G - P R, moves W, too: by column as much as Adam made of R (arXiv 2410.01623).
 
-    whole = True
+    Of several micro-batches S is the last one's alone, so that no sum of G is kept; the norm that Adam's is compared
+    with is of this micro-batch's own P^T G. Where gradients are all alike S then is as of the whole batch, and where
+    they are all noise it is of that length. What is summed up is R (rank, other) and below it the last G.
+    """
 
-    def direction(self, g, adam, step, dtype):
-        p = self.projection.matrix()
-        r = p.T @ g
-        rest, before = g.addmm_(p, r, alpha=-1), r.norm(dim=0)
-        n = adam(r)
-        rest = self._limit_growth_(rest.mul_(n.norm(dim=0) / (before + 1e-8)))
+    def factors(self, x, dy, last):
+        left, right = super().factors(x, dy, last)
+        return (torch.cat([left, x if self.projection.right else dy], dim=1) if last else left), right
+
+    def measured(self, gradient):
+        return gradient[: self.projection.rank]
+
+    def direction(self, gradient, adam, step, dtype):
+        p, (r, g) = self.projection.matrix(), gradient.tensor_split([self.projection.rank])
+        own = p.T @ g
+        rest, n = g.addmm_(p, own, alpha=-1), adam(r)
+        rest = self._limit_growth_(rest.mul_(n.norm(dim=0) / (own.norm(dim=0) + 1e-8)))
         return None, rest.addmm_(p, n)
 
 

@@ -244,7 +244,7 @@ class QGaLore:
         projection, step = self.projections[name], self.steps[name]
         if projection.basis is not None:
             then = partial(self._step_layer, name, step, x.dtype)
-            self._gather(name, "gradient", *self.rules[name].factors(x, dy), then)
+            self._gather(name, "gradient", *self.rules[name].factors(x, dy, not self.accumulating), then)
         if projection.due(step):
             key = random_key(self.seed, name, step, "sketch")
             self._gather(name, "sketch", *projection.look(x, dy, key), partial(self._turn, name, step))
@@ -253,7 +253,7 @@ class QGaLore:
 
     def _gather(self, name, what, left, right, then):
         """Sum left^T right, left (T, rows), right (T, cols), over micro-batches and ranks; then(sum), float32, follows
-        the last."""
+        the last, which may have more rows."""
         total = self.sums.get((name, what))
         if self.accumulating:
             self.accumulated = True
@@ -265,7 +265,8 @@ class QGaLore:
             return
         product = (left.T @ right).float()
         if total is not None:
-            product += self.sums.pop((name, what)).value()
+            earlier = self.sums.pop((name, what)).value()
+            product[: len(earlier)] += earlier
         if self.ranks.size > 1:
             product = product.to(left.dtype)  # as it is sent
         self.ranks.sum_(product, lambda product: then(product.float()))
@@ -286,7 +287,7 @@ class QGaLore:
             kept.set_(gradient)
             return kept.value
 
-        self._admit(name, gradient, move, keep)
+        self._admit(name, gradient, self.rules[name].measured(gradient), move, keep)
 
     @torch.no_grad()
     def _look_at_parameter(self, name, p):
@@ -308,14 +309,14 @@ class QGaLore:
             else:
                 p.add_(grad, alpha=-lr)
 
-        self._admit(name, grad, move, lambda grad: lambda: grad)
+        self._admit(name, grad, grad, move, lambda grad: lambda: grad)
 
-    def _admit(self, name, grad, move, keep):
-        """Note the gradient's norm, let one that is not finite be zero, clip it, and move(grad): at once, or when
-        step() knows all norms. keep(grad): a function that then gives grad."""
+    def _admit(self, name, grad, measured, move, keep):
+        """Note the norm of what is measured of the gradient, let one that is not finite be zero, clip it, and
+        move(grad): at once, or when step() knows all norms. keep(grad): a function that then gives grad."""
         if name in self.held:
             raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the last backward")
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(measured, dtype=torch.float32)
         ok = norm.isfinite()
         self.skipped += ~ok
         self.norms[self.places[name]] = norm.where(ok, 0)

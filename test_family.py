@@ -248,7 +248,28 @@ def test_each_method_learns_and_resumes_bit_for_bit(shards, tmp_path, method):
         assert code == 0 and out.startswith("the"), err
 
 
-@pytest.mark.parametrize("method", family.RULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_of_micro_batches_firas_residual_is_the_last_ones_and_the_low_rank_step_is_of_all(shape):
+    layer, optimizer = layer_and_optimizer(shape, "fira", accumulation="float32")
+    projection, adam, norm = next(iter(optimizer.projections.values())), Adam(), None
+    for x, dy, g in gradients(shape, 8):
+        before, p = turned(layer), projection.basis and projection.matrix()
+        for i, (a, b) in enumerate(zip(x.chunk(4), dy.chunk(4))):
+            optimizer.accumulating = i < 3
+            layer.hook(layer, a, b)
+        optimizer.step()
+        if p is None:
+            continue
+        assert optimizer.norms.item() == pytest.approx((p.T @ g).norm().item(), rel=1e-4)
+        n, last = adam(p.T @ g), a.T @ b if shape[0] >= shape[1] else b.T @ a
+        rest = (last - p @ p.T @ last) * (n.norm(dim=0) / (p.T @ last).norm(dim=0))
+        if norm is not None and rest.norm() > 1.01 * norm:
+            rest *= 1.01 * norm / rest.norm()
+        norm = rest.norm()
+        torch.testing.assert_close(turned(layer) - before, -0.01 * (p @ n + rest), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in family.RULES if "fira" not in m])
 def test_micro_batches_make_the_step_of_one_batch(method):
     weights = []
     for parts in (1, 4):
