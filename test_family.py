@@ -283,6 +283,22 @@ def test_micro_batches_make_the_step_of_one_batch(method):
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["loqt", "qfira"])
+def test_a_step_that_waits_for_the_global_norm_is_the_one_taken_in_backward(method):
+    weights = []
+    for clip in (0.0, 1e9):
+        layer, optimizer = layer_and_optimizer((40, 24), method, 8, accumulation="float32", gap=3, grad_clip=clip)
+        for x, dy, _ in gradients((40, 24), 6):
+            for i, (a, b) in enumerate(zip(x.chunk(2), dy.chunk(2))):
+                optimizer.accumulating = i < 1
+                before = layer.float_weight()
+                layer.hook(layer, a, b)
+            waits = clip > 0 and torch.equal(layer.float_weight(), before)
+            optimizer.step()
+        weights.append(layer.float_weight())
+    assert waits and torch.equal(*weights)
+
+
 @pytest.mark.parametrize("method", [*OURS, "relora"])
 def test_the_memory_plan_counts_what_each_method_keeps(method):
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
