@@ -244,7 +244,7 @@ class QGaLore:
         projection, step = self.projections[name], self.steps[name]
         if projection.basis is not None:
             then = partial(self._step_layer, name, step, x.dtype)
-            self._gather(name, "gradient", *self.rules[name].factors(x, dy, not self.accumulating), then)
+            self._gather(name, "gradient", *self.rules[name].factors(x, dy, step), then)
         if projection.due(step):
             key = random_key(self.seed, name, step, "sketch")
             self._gather(name, "sketch", *projection.look(x, dy, key), partial(self._turn, name, step))
@@ -253,7 +253,7 @@ class QGaLore:
 
     def _gather(self, name, what, left, right, then):
         """Sum left^T right, left (T, rows), right (T, cols), over micro-batches and ranks; then(sum), float32, follows
-        the last, which may have more rows."""
+        the last."""
         total = self.sums.get((name, what))
         if self.accumulating:
             self.accumulated = True
@@ -265,8 +265,7 @@ class QGaLore:
             return
         product = (left.T @ right).float()
         if total is not None:
-            earlier = self.sums.pop((name, what)).value()
-            product[: len(earlier)] += earlier
+            product += self.sums.pop((name, what)).value()
         if self.ranks.size > 1:
             product = product.to(left.dtype)  # as it is sent
         self.ranks.sum_(product, lambda product: then(product.float()))
