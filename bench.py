@@ -33,7 +33,7 @@ from qgalore import Projection, QGaLore
 # train.py's settings, that its recipes fit; data, accumulation and the length of a run play no part here
 globals().update({k: v for k, v in vars(train).items() if k[0].islower() and isinstance(v, (int, float, str))})
 out_dir = "out-bench"  # bench.json, bench.png
-contenders = "all"  # or some, with commas: qgalore,adam8bit,adamw,galore,q_galore,apollo,torchao
+contenders = "all"  # or some, with commas: qgalore,qfira,adam8bit,adamw,galore,q_galore,apollo,torchao
 steps = 10  # timed, the device not waited for
 warmup = 3  # before them, not timed: the first takes every layer's first basis
 phase_steps = 3  # after them, the device waited for at both ends of each phase; then one in which all bases are due
@@ -45,7 +45,7 @@ refresh_study = False  # time a refresh against exact SVD on the matrices of one
 contender = ""  # internal: the one that this process runs
 # -----------------------------------------------------------------------------
 
-CONTENDERS = ["qgalore", "adam8bit", "adamw", *PEERS]
+CONTENDERS = ["qgalore", "qfira", "adam8bit", "adamw", *PEERS]
 PHASES = ["forward", "backward", "projection", "update", "refresh"]
 
 
@@ -97,7 +97,7 @@ def measure(c, kind, dtype):
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, c.memory_fraction_gib * GIB / total))
     phases, baseline = Phases(kind), peak_gib(kind)
-    c.method = c.contender if c.contender in ("qgalore", "adamw") else "adam8bit"
+    c.method = "adam8bit" if c.contender in PEERS else c.contender
     weight_dtype = torch.float32 if c.method == "adamw" else dtype  # as in train.py: float32 weights under autocast
     autocast = torch.autocast(kind, dtype) if weight_dtype != dtype else nullcontext()
     torch.manual_seed(c.seed)

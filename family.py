@@ -20,8 +20,8 @@ DAMPING = 1e-3  # lambda, which is added to it
 class GaLore:
     """W moves by P N, N = Adam(R): GaLore (arXiv 2403.03507), Q-GaLore (2407.08296)."""
 
-    def __init__(self, projection, layer, scale, key=0):
-        self.projection, self.layer, self.scale, self.key = projection, layer, scale, key
+    def __init__(self, projection, layer, scale, key=0, blocks=1):
+        self.projection, self.layer, self.scale, self.key, self.blocks = projection, layer, scale, key, blocks
         self.state = {}  # numbers and tensors that the next step depends on
         self.share()
 
@@ -72,7 +72,7 @@ class NaturalGaLore(GaLore):
     """R goes to Adam divided by the empirical Fisher matrix of the last gradients, H H^T + lambda, with Woodbury's
     identity: a system of HISTORY equations (arXiv 2410.16029). H, 2 bytes an element, takes HISTORY times R."""
 
-    def __init__(self, projection, layer, scale, key=0):
+    def __init__(self, projection, layer, scale, key=0, blocks=1):
         super().__init__(projection, layer, scale, key)
         device = next(layer.buffers()).device
         history = torch.zeros(HISTORY, projection.rank * projection.other, dtype=torch.bfloat16, device=device)
@@ -92,13 +92,12 @@ class NaturalGaLore(GaLore):
 
 
 class Fira(GaLore):
-    """What low rank throws away, S = G - P R, moves W, too: by column as much as Adam made of R (arXiv 2410.01623). What
-    is summed up is R (rank, other) and below it G."""
-
-    blocks = 1
+    """What low rank throws away, S = G - P R, moves W, too: by column as much as Adam made of R (arXiv 2410.01623).
+    What is summed up is R (rank, other) and below it G. With several blocks a step looks at each blocks-th row of G, in
+    turn, and moves it so many times as far: sums of micro-batches and ranks are as much smaller."""
 
     def rows(self, step):
-        """Those of G and P that are looked at."""
+        """Those of G and P that this step looks at."""
         return slice(step % self.blocks, None, self.blocks)
 
     def factors(self, x, dy, step):
@@ -117,19 +116,13 @@ class Fira(GaLore):
         return None, moved
 
 
-class QFira(Fira):
-    """Fira, at an eighth of the cost: the residual moves each eighth row of W, in turn, eight times as far."""
-
-    blocks = 8
-
-
 class Apollo(GaLore):
     """W moves by G itself, a column as much as Adam makes of its projection on random directions, which are drawn again
     each gap, and not kept (arXiv 2412.05270)."""
 
     dims = 0  # the norms that are compared are of columns
 
-    def __init__(self, projection, layer, scale, key=0):
+    def __init__(self, projection, layer, scale, key=0, blocks=1):
         super().__init__(projection, layer, scale, key)
         projection.basis, projection.next_refresh = (), math.inf
 
@@ -186,5 +179,5 @@ class LoQT(GaLore):
         return self.layer.adapter.basis()
 
 
-RULES = {"galore": GaLore, "natural_galore": NaturalGaLore, "fira": Fira, "qfira": QFira,
+RULES = {"galore": GaLore, "natural_galore": NaturalGaLore, "fira": Fira, "qfira": Fira,
          "apollo": Apollo, "apollo_mini": ApolloMini, "loqt": LoQT}

@@ -81,7 +81,8 @@ def build(c, device, dtype, ranks=None):
                               c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
                               c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
                               c["accumulation"], c["grad_clip"], c["seed"], ranks,
-                              c["method"] if c["method"] in RULES else "galore", c["proj_side"], c["gap_growth"])
+                              c["method"] if c["method"] in RULES else "galore", c["proj_side"], c["gap_growth"],
+                              c["residual_blocks"])
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
     vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}

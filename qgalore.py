@@ -192,8 +192,8 @@ class QGaLore:
     smaller side. gap: steps between refreshes; it doubles where the mean similarity of the last k reaches threshold
     (a threshold over 1 keeps it fixed); gap_growth: gap number i is longer by gap_growth^i. proj_bits: 4, 8 or 16 (not
     quantised). side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller. rule: how the gradient
-    steps a weight, see family.py. moments, moments_at_refresh: see Moments. stochastic_rounding: False rounds INT8
-    weights to nearest. svd: exact, in place of the sketch.
+    steps a weight, residual_blocks: Fira's, see family.py. moments, moments_at_refresh: see Moments.
+    stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
     accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad.
     ranks: see parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero;
     pop_stats() counts it.
@@ -206,7 +206,7 @@ class QGaLore:
     def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, gap=200, scale=0.25,
                  threshold=0.4, k=5, proj_bits=4, moments="factored", moments_at_refresh="keep",
                  stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0, ranks=None,
-                 rule="galore", side="auto", gap_growth=0.0):
+                 rule="galore", side="auto", gap_growth=0.0, residual_blocks=1):
         for name, value, choices in (("proj_bits", proj_bits, (4, 8, 16)), ("moments", moments, MOMENTS),
                                      ("moments_at_refresh", moments_at_refresh, AT_REFRESH),
                                      ("accumulation", accumulation, ACCUMULATION),
@@ -227,7 +227,7 @@ class QGaLore:
             self.projections[name] = projection = Projection(
                 layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd, (i + 1) / len(layers),
                 self.device, side, gap_growth)
-            self.rules[name] = RULES[rule](projection, layer, scale, random_key(seed, name, "rule"))
+            self.rules[name] = RULES[rule](projection, layer, scale, random_key(seed, name, "rule"), residual_blocks)
             self.moments[name] = Moments((projection.rank, projection.other), moments, self.device)
             layer.hook = partial(self._look_at_layer, name)
         for name, p in model.named_parameters():

@@ -61,12 +61,12 @@ class Adam:
         return self.m / (1 - 0.9**self.t) / ((self.v / (1 - 0.999**self.t)).sqrt() + 1e-12)
 
 
-@pytest.mark.parametrize("method", ["fira", "qfira"])
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fira_adds_the_residual_scaled_by_column_and_limited_in_growth(shape, method):
-    layer, optimizer = layer_and_optimizer(shape, method)
+def test_fira_adds_the_residual_scaled_by_column_and_limited_in_growth(shape, blocks):
+    layer, optimizer = layer_and_optimizer(shape, "fira", residual_blocks=blocks)
     projection, adam, norm = next(iter(optimizer.projections.values())), Adam(), None
-    limited, blocks = 0, 8 if method == "qfira" else 1
+    limited = 0
     for i, (x, dy, g) in enumerate(gradients(shape, 24)):
         if i == 6:
             x, g = 3 * x, 3 * g  # a spike
@@ -251,12 +251,13 @@ def test_each_method_learns_and_resumes_bit_for_bit(shards, tmp_path, method):
         assert code == 0 and out.startswith("the"), err
 
 
-@pytest.mark.parametrize("method", family.RULES)
+@pytest.mark.parametrize("method", [*family.RULES, "qfira in blocks"])
 def test_micro_batches_make_the_step_of_one_batch(method):
     weights = []
     for parts in (1, 4):
-        layer, optimizer = layer_and_optimizer((40, 24), method, 8 if method == "loqt" else 16, accumulation="float32",
-                                               gap=3)
+        rule, *in_blocks = method.split(" in ")
+        layer, optimizer = layer_and_optimizer((40, 24), rule, 8 if rule == "loqt" else 16, accumulation="float32",
+                                               gap=3, residual_blocks=5 if in_blocks else 1)
         for x, dy, _ in gradients((40, 24), 6):
             for i, (a, b) in enumerate(zip(x.chunk(parts), dy.chunk(parts))):
                 optimizer.accumulating = i < parts - 1

@@ -78,6 +78,7 @@ proj_k = 5  # refreshes in that mean
 proj_bits = 4  # 4, 8 or 16 (not quantised)
 proj_side = "auto"  # of a weight, that is projected: the smaller; or "right" (its inputs), "left"
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
+residual_blocks = 1  # fira, qfira: a step's residual moves each such row of a weight; 4: a quarter of its sums
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rotate" into the new basis
 weight_bits = 0  # of the blocks' matrices: 4 (NF4), 8, 16 (in `dtype`), 32 (float32); 0: the method's own
@@ -139,7 +140,7 @@ def main():
         raise SystemExit(f"error: device {device!r}: there are auto, cuda and cpu")
     for key in ("batch_size", "block_size", "gradient_accumulation_steps", "eval_interval", "eval_iters",
                 "log_interval", "n_layer", "n_head", "n_embd", "ffn_dim", "vocab_size", "rank", "proj_gap", "proj_k",
-                "keep_checkpoints", "lora_alpha"):
+                "residual_blocks", "keep_checkpoints", "lora_alpha"):
         if config[key] < 1:
             raise SystemExit(f"error: {key} must be at least 1, not {config[key]}")
     have_device = kind == "cpu" or torch.cuda.is_available()
