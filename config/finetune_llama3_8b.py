@@ -16,6 +16,7 @@ checkpoint_activations = True
 checkpoint_bits = 8
 compile = True
 
+method = "qgalore"
 freeze_embedding = True
 embed_bits = 8
 rank = 64

@@ -8,6 +8,7 @@ data_dir = "data/sst2"
 block_size = 256
 batch_size = 1  # a row holds eight or nine reviews
 
+method = "qgalore"
 freeze_embedding = True
 rank = 64
 proj_gap = 50
