@@ -386,10 +386,8 @@ def main():
                seed=seed)
     print(f"--- {out_dir}: val loss {val_loss:.4f}, peak memory {memory_peak(kind):.2f} GiB; see {out_dir}/loss.png")
     print(f"next: python sample.py --out_dir={out_dir} --prompt='The function'")
-    if config["pretrained"]:
-        print(f"      python hf.py --out_dir={out_dir} --export={out_dir}-hf     # for transformers")
-    else:
-        print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
+    print(f"      python hf.py --out_dir={out_dir} --export={out_dir}-hf     # for transformers" if config["pretrained"]
+          else "      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
 
 
 if __name__ == "__main__":
