@@ -59,11 +59,11 @@ class GaLore:
         return self.projection.encode(torch.empty(self.projection.dim, self.projection.rank))
 
     def _limit_growth_(self, step):
-        norm = step.norm()
-        if "norm" in self.state:
-            excess = (norm / (self.state["norm"] + 1e-8)).clamp_(min=GROWTH) / GROWTH
+        norm, before = step.norm(), self.state.get("norm")
+        if before is not None:  # a step of nothing, from a gradient that was not finite, bounds none after it
+            excess = ((norm / (before + 1e-8)).clamp_(min=GROWTH) / GROWTH).where(before > 0, 1)
             step /= excess
-            norm = norm / excess
+            norm = (norm / excess).where(norm > 0, before)
         self.state["norm"] = norm
         return step
 

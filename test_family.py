@@ -142,9 +142,9 @@ def test_apollos_directions_are_normal_numbers_redrawn_each_gap_and_its_steps_gr
     assert torch.equal(p, rule.matrix(4)) and not torch.equal(p, rule.matrix(5))
     assert not any(isinstance(t, torch.Tensor) and t.numel() > 1 for t in rule.state.values())
     norms = []
-    for size in (1.0, 1.0, 100.0, 100.0, 1.0):
+    for size in (0.0, 1.0, 1.0, 100.0, 100.0, 0.0, 100.0, 1.0):
         norms.append(rule._limit_growth_(size * torch.ones(4)).norm().item())
-    assert norms == pytest.approx([2.0, 2.0, 2 * 1.01, 2 * 1.01**2, 2.0], rel=1e-5)
+    assert norms == pytest.approx([0, 2, 2, 2 * 1.01, 2 * 1.01**2, 0, 2 * 1.01**3, 2], rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

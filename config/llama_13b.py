@@ -7,4 +7,4 @@ n_embd = 5120
 ffn_dim = 13824
 rank = 1280
 residual_blocks = 1
-gradient_accumulation_steps = 1  # 512 sequences a step, like 7B's, would take 4 GiB more
+gradient_accumulation_steps = 1  # 512 sequences a step, like 7B's, take 4 GiB more by --method=qgalore
