@@ -2,7 +2,8 @@
 What a run takes, counted before anything is allocated, and what the device has.
 
 The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake tensors, which have shapes
-and no data. Every allocation passes by and is counted, temporaries included: the plan cannot fall behind the code.
+and no data. Every allocation passes by and is counted, temporaries included: the plan cannot fall behind the code. Of a
+deep model, two of a few blocks are planned: blocks are alike, and each more adds the same.
 Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.5 GiB) and what lies in fragments.
 """
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from quant import bitsandbytes
 
 GIB = 2**30
+FEW, MORE = 2, 4  # blocks of the two models that are planned for a deep one
 
 
 class Live(TorchDispatchMode):
@@ -38,6 +40,11 @@ class Live(TorchDispatchMode):
                 weakref.finalize(t.untyped_storage(), self._free, key)
         return out
 
+    def pop_peak(self):
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
     def _free(self, key):
         self.now -= self.bytes.pop(key)
 
@@ -48,13 +55,25 @@ def memory_plan(settings, build, weight_dtype, dtype):
     settings: train.py's, with what the method makes of them.
     build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
     """
-    live, plan = Live(), {}
+    n = settings["n_layer"]
+    if n <= 2 * MORE or settings.get("low_rank") or n > settings["proj_gap"]:  # few, not alike, or many refresh in a step
+        plan, peaks = _plan(settings, n, build, weight_dtype, dtype)
+    else:
+        (few, low), (more, high) = (_plan(settings, blocks, build, weight_dtype, dtype) for blocks in (FEW, MORE))
+        line = lambda a, b: a + (b - a) * (n - FEW) // (MORE - FEW)
+        plan, peaks = {part: line(few[part], more[part]) for part in few}, map(line, low, high)
+    return plan | {"gradients, activations": max(peaks) - sum(plan.values())}
+
+
+def _plan(settings, blocks, build, weight_dtype, dtype):
+    """Of the first `blocks` blocks alone: ({part: bytes} that stays, [the peak of each forward, backward, ...])."""
+    live, plan, peaks = Live(), {}, []
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, settings["gradient_accumulation_steps"])
     if settings["moments"] == "8bit" or settings["weight_bits"] == 4:
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        model, optimizer = build(settings, "cpu", weight_dtype)
+        model, optimizer = build(settings | {"n_layer": blocks}, "cpu", weight_dtype)
         plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
         def micro_batch(last):
@@ -62,7 +81,9 @@ def memory_plan(settings, build, weight_dtype, dtype):
             optimizer.accumulating = not last
             with autocast:
                 loss = model(idx, idx)
+            peaks.append(live.pop_peak())
             loss.backward()
+            peaks.append(live.pop_peak())
 
         if isinstance(optimizer, torch.optim.Optimizer):
             for _ in range(2):  # torch makes the moments at the first step
@@ -77,7 +98,8 @@ def memory_plan(settings, build, weight_dtype, dtype):
                 micro_batch(False)
                 optimizer.sums.clear()
             first = live.now - sum(plan.values())
-            due = -(-len(optimizer.projections) // settings["proj_gap"])  # layers that refresh in one step, later
+            layers = len(optimizer.projections) * settings["n_layer"] // blocks
+            due = -(-layers // settings["proj_gap"])  # layers that refresh in one step, later
             for name, rule in optimizer.rules.items():
                 optimizer.projections[name].basis = rule.no_basis()
             for i, projection in enumerate(sorted(reversed(optimizer.projections.values()), key=lambda p: -p.other)):
@@ -89,8 +111,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
                 plan["sums of micro-batches"] = live.now - sum(plan.values())
             micro_batch(True)
             optimizer.step()
-    plan["gradients, activations"] = live.peak - sum(plan.values())
-    return plan
+    return plan, [*peaks, live.peak]
 
 
 def print_plan(plan, free, device):
