@@ -56,7 +56,7 @@ def memory_plan(settings, build, weight_dtype, dtype):
     build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
     """
     n = settings["n_layer"]
-    if n <= 2 * MORE or settings.get("low_rank") or n > settings["proj_gap"]:  # few, not alike, or many refresh in a step
+    if n <= 2 * MORE or settings.get("low_rank") or n > settings["proj_gap"]:  # few, not alike, or all refresh often
         plan, peaks = _plan(settings, n, build, weight_dtype, dtype)
     else:
         (few, low), (more, high) = (_plan(settings, blocks, build, weight_dtype, dtype) for blocks in (FEW, MORE))
