@@ -45,7 +45,7 @@ class GaLore:
         """W <- shrink * W - lr * scale * (P N), rounded by `key`."""
         n = n.mul_(-lr * self.scale)
         if p is None:
-            self.layer.add_low_rank_((n.T if self.projection.right else n).contiguous(), None, shrink, key)
+            self.layer.add_low_rank_(n.T if self.projection.right else n, None, shrink, key)
         else:
             n = n.to(p.dtype).T.contiguous()
             self.layer.add_low_rank_(*((n, p) if self.projection.right else (p, n)), shrink, key)

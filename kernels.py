@@ -108,19 +108,22 @@ def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
 
 @_kernel_for(quant.add_low_rank_int8_)
 def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
-    """W <- round(shrink * W + left @ right^T) in place, in one pass. Arguments: see quant.py.
+    """W <- round(shrink * W + left @ right^T) in place, in one pass. Arguments: see quant.py; a step, which is given
+    without `right`, may lie in either order.
 
     Fastest at ranks that 16 divides. quant.py does groups of fewer than 16 columns, less than a warp's work, or more
     than MAX_GROUP, and tensors with gaps between their elements.
     """
     group = _tile_width(q, scale, zero)
-    if not group or right is None:
+    if not group:
         return quant.add_low_rank_int8_(q, scale, zero, left, right, shrink, key)
     block_m = min(64, TILE // group)
     block_k = 64 // left.element_size()  # 64 bytes: in 3 stages at most 68 KiB of shared memory; consumer cards have 99
     grid = (triton.cdiv(q.shape[0], block_m), scale.shape[1])
-    _add_low_rank_kernel[grid](q, scale, zero, left.contiguous(), right.contiguous(), *q.shape, shrink, key or 0,
-                               key is not None, left.shape[1], group, block_m, block_k,
+    rank, right = (0, left) if right is None else (left.shape[1], right.contiguous())
+    left = left.contiguous() if rank else left
+    _add_low_rank_kernel[grid](q, scale, zero, left, right, *q.shape, *left.stride(), shrink, key or 0,
+                               key is not None, rank, group, block_m, block_k,
                                num_warps=block_m * group // 1024, num_stages=3, enable_fp_fusion=False)
 
 
@@ -196,21 +199,24 @@ if triton is not None:
     # is a constexpr: a run has one or two. Numbers of a row stay (BLOCK_M, 1): as vectors, the compiler sends
     # the float32 tile through shared memory four times, 3 more than it must, and spills.
     @triton.jit(do_not_specialize=["key"])
-    def _add_low_rank_kernel(q_ptr, scale_ptr, zero_ptr, left_ptr, right_ptr, rows, cols, shrink, key: tl.uint32,
-                             STOCHASTIC: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-                             BLOCK_K: tl.constexpr):
+    def _add_low_rank_kernel(q_ptr, scale_ptr, zero_ptr, left_ptr, right_ptr, rows, cols, row_stride, col_stride, shrink,
+                             key: tl.uint32, STOCHASTIC: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
+                             BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
         row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         col = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :]
-        step = tl.zeros((BLOCK_M, GROUP), tl.float32)
-        for start in range(0, RANK, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            left = tl.load(left_ptr + row * RANK + k[None, :], (row < rows) & (k < RANK)[None, :], other=0.0)
-            right = tl.load(right_ptr + col * RANK + k[:, None], (col < cols) & (k < RANK)[:, None], other=0.0)
-            step = tl.dot(left, right, step, input_precision="ieee")  # float32 factors: no TF32
+        inside = (row < rows) & (col < cols)
+        if RANK == 0:
+            step = tl.load(left_ptr + row * row_stride + col * col_stride, inside, other=0.0).to(tl.float32)
+        else:
+            step = tl.zeros((BLOCK_M, GROUP), tl.float32)
+            for start in range(0, RANK, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                left = tl.load(left_ptr + row * RANK + k[None, :], (row < rows) & (k < RANK)[None, :], other=0.0)
+                right = tl.load(right_ptr + col * RANK + k[:, None], (col < cols) & (k < RANK)[:, None], other=0.0)
+                step = tl.dot(left, right, step, input_precision="ieee")  # float32 factors: no TF32
 
         at = row * cols + col  # (BLOCK_M, GROUP)
         group_at = row * tl.num_programs(1) + tl.program_id(1)  # (BLOCK_M, 1)
-        inside = (row < rows) & (col < cols)
         scale = tl.load(scale_ptr + group_at, row < rows)
         zero = tl.load(zero_ptr + group_at, row < rows)
         w = (tl.load(q_ptr + at, inside).to(tl.float32) * scale + zero) * shrink + step
