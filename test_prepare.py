@@ -21,10 +21,8 @@ import numpy as np
 import pytest
 
 import prepare_c4
-import train
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
 from test_qgalore import HERE
-
 
 EOT = 256  # of encoding=bytes
 

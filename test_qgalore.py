@@ -1329,7 +1329,8 @@ def test_the_memory_plan_is_what_a_real_step_takes(args):
 
 
 @pytest.mark.parametrize("args", [["--gradient_accumulation_steps=2", "--checkpoint_activations=True"],
-                                  ["--method=loqt", "--weight_bits=8"]])
+                                  ["--method=loqt", "--weight_bits=8"],
+                                  ["--gradient_accumulation_steps=2", "--proj_gap=2"]])
 def test_a_deep_model_is_planned_to_the_byte_from_the_blocks_of_two_shallow_ones(args, monkeypatch):
     settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
     shape = "--n_layer=7 --n_embd=64 --n_head=4 --n_kv_head=4 --ffn_dim=176 --vocab_size=512 --batch_size=2".split()
