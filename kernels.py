@@ -200,7 +200,7 @@ if triton is not None:
     # the float32 tile through shared memory four times, 3 more than it must, and spills.
     @triton.jit(do_not_specialize=["key"])
     def _add_low_rank_kernel(q_ptr, scale_ptr, zero_ptr, left_ptr, right_ptr, rows, cols, row_stride, col_stride, shrink,
-                             key: tl.uint32, STOCHASTIC: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
+                             key: tl.uint64, STOCHASTIC: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
                              BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
         row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         col = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :]
@@ -224,7 +224,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["key"])
     def _adam_kernel(m_ptr, scale_ptr, zero_ptr, g_ptr, row_ptr, col_ptr, rows, cols, rate, correction, eps,
-                     key: tl.uint32, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+                     key: tl.uint64, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
         row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
         col = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :]
         at = row * cols + col  # (BLOCK_M, GROUP)
@@ -309,7 +309,7 @@ if triton is not None:
             x = (x ^ (x >> 16)) * 0x7FEB352D
             x = (x ^ (x >> 15)) * 0x846CA68B
             x = x ^ (x >> 16)
-            x = ((x >> ((at & 1) * 16).to(tl.uint32)) & 0xFFFF) ^ 0x8000
+            x = ((x >> ((at & 1) * 16).to(tl.uint32)) + (key.to(tl.uint64) >> 32).to(tl.uint32) & 0xFFFF) ^ 0x8000
             code = tl.floor(code + (x.to(tl.float32) + 0.5) * 2.0**-16)
         else:  # to nearest even: at 1.5 * 2^23 a float32's last bit is worth 1
             code = (code + 12582912.0) - 12582912.0

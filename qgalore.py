@@ -33,7 +33,7 @@ from kernels import decode, encode
 from model import QLinear
 from moments import ACCUMULATION, AT_REFRESH, MOMENTS, Moments, Sum
 from parallel import Ranks
-from quant import CHUNK, add_bfloat16_, chunks, random_key, uniform
+from quant import CHUNK, add_bfloat16_, chunks, random_key, rounding_key, uniform
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
 SKETCH = 4  # columns of a refresh's sketch, in ranks
@@ -262,7 +262,7 @@ class QGaLore:
             if total is None:
                 total = Sum(left.shape[1], right.shape[1], self.accumulation, self.device)
                 self.sums[name, what] = total
-            key = random_key(self.seed, name, self.steps[name], what, total.added, self.ranks.rank)
+            key = rounding_key(total.added, self.seed, name, self.steps[name], what, self.ranks.rank)
             total.add_(left, right, key)
             return
         product = (left.T @ right).float()
@@ -274,12 +274,12 @@ class QGaLore:
 
     def _step_layer(self, name, step, dtype, gradient):
         def adam(r):
-            self.moments[name].step_(r, self.betas, self.eps, random_key(self.seed, name, step, "moment"))
+            self.moments[name].step_(r, self.betas, self.eps, rounding_key(step, self.seed, name, "moment"))
             return r
 
         def move(gradient):
             lr = self.param_groups[0]["lr"]
-            key = random_key(self.seed, name, step) if self.stochastic_rounding else None
+            key = rounding_key(step, self.seed, name) if self.stochastic_rounding else None
             direction = self.rules[name].direction(gradient, adam, step, dtype)
             self.rules[name].move(*direction, lr, 1 - lr * self.weight_decay, key)
 
@@ -302,11 +302,11 @@ class QGaLore:
     def _step_parameter(self, name, p, step, grad):
         def move(grad):
             lr = self.param_groups[0]["lr"]
-            self.moments[name].step_(grad, self.betas, self.eps, random_key(self.seed, name, step))
+            self.moments[name].step_(grad, self.betas, self.eps, rounding_key(step, self.seed, name))
             if p.ndim > 1 and self.weight_decay:
                 p.mul_(1 - lr * self.weight_decay)  # decoupled (arXiv 1711.05101)
             if p.dtype == torch.bfloat16:
-                add_bfloat16_(p, grad, -lr, random_key(self.seed, name, step, "weight"))
+                add_bfloat16_(p, grad, -lr, rounding_key(step, self.seed, name, "weight"))
             else:
                 p.add_(grad, alpha=-lr)
 

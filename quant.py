@@ -15,7 +15,8 @@ Group sizes are powers of two. That makes them readable from the shapes alone, s
 
 A training step uses one function more, add_low_rank_int8_: dequantise, add the step, round, quantise again. Its random
 numbers come from a counter, not from a generator's state: element k of call `key` draws uniform(key, k), so a resumed
-run, a CPU and a GPU round alike. kernels.py has these functions again, under the same names, for CUDA.
+run, a CPU and a GPU round alike. Over the steps an element's numbers are not independent but spread (rounding_key).
+kernels.py has these functions again, under the same names, for CUDA.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
 BLOCK = 2**19  # weights updated at once: each of the half dozen float32 temporaries takes 2 MiB, and stays in cache
 DY_GROUP = 128  # rows of W that share a token's scale in dy @ W: more would round coarser, fewer rescale more often
+GOLDEN = 40503  # 2^16 / golden ratio
 CHUNK = 2**22  # elements that one operation takes to float32 at once, where no kernel keeps them in registers
 
 
@@ -46,6 +48,17 @@ def random_key(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
+def rounding_key(step, *parts):
+    """A key of 48 bits for the rounding of one tensor at `step`: random_key(*parts), above it step / golden ratio.
+
+    Each element has a random number of its own to which a step adds that fraction, modulo 1 (Weyl's sequence, of the
+    lowest discrepancy). At any one step the numbers are as random as others are, but those of any few steps in a row
+    are spread evenly: of n equal steps by a part f of a grid unit, n f are rounded up, give or take a few,
+    where independent numbers leave an error of sqrt(n f (1 - f)). Momentum makes successive steps alike.
+    """
+    return random_key(*parts) | (step * GOLDEN & 0xFFFF) << 32
+
+
 def uniform(key, start, n, device=None):
     """Numbers start .. start + n - 1 of the stream `key`: (n,) float32, odd multiples of 2^-17 in (0, 1), of mean 1/2.
 
@@ -56,16 +69,17 @@ def uniform(key, start, n, device=None):
 
 def _random_int16(key, start, n, device):
     """Numbers 2k and 2k + 1 are the halves of a hash of k: key + k * 2^32 / golden ratio, then the 32-bit mixer
-    "lowbias32" of C. Wellons' hash-prospector. Without unsigned 32 bits in torch, right shifts of int32 are masked."""
+    "lowbias32" of C. Wellons' hash-prospector, each plus bits 32 to 47 of key. Without unsigned 32 bits in torch, right
+    shifts of int32 are masked."""
     first = start // 2
     x = torch.arange(first, (start + n + 1) // 2, dtype=torch.int32, device=device)
-    x.mul_(_int32(0x9E3779B9)).add_(_int32(key))
+    x.mul_(_int32(0x9E3779B9)).add_(_int32(key & 0xFFFFFFFF))
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x.mul_(_int32(0x7FEB352D))
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x.mul_(_int32(0x846CA68B))
     x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x.view(torch.int16)[start % 2 :][:n]
+    return x.view(torch.int16)[start % 2 :][:n].add_(_int32(key >> 32 << 16) >> 16)
 
 
 def _int32(x):
@@ -101,7 +115,7 @@ def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
     """W <- round(shrink * W + left @ right^T) in place, the sum formed in float32 (Q-GaLore, section 3.4).
 
     q int8 (rows, cols), scale, zero float32 (rows, n_groups): overwritten, a block of rows at a time. left (rows, r),
-    right (cols, r): of one float dtype; with right None, left (rows, cols) is the step. key: a random_key for
+    right (cols, r): of one float dtype; with right None, left (rows, cols) is the step. key: a rounding_key for
     stochastic rounding, where element (i, j) draws number i * cols + j; None rounds to nearest. A group of which a new
     value is not finite stays as it was.
     """

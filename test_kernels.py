@@ -15,7 +15,7 @@ import torch
 
 import kernels
 import quant
-from quant import dequantize_int8, quantize_int4, quantize_int8, random_key, uniform
+from quant import dequantize_int8, quantize_int4, quantize_int8, random_key, rounding_key, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -72,7 +72,7 @@ def test_the_kernels_dequantise_to_the_same_bits(rows, cols, group):
 def test_the_kernel_steps_weights_to_the_reference_s_codes(rows, cols, group, rank):
     for dtype in (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16):
         codes, left, right = low_rank_step(rows, cols, group, rank, dtype)
-        for key in (None, 0, 1, 2**32 - 1):
+        for key in (None, 0, 1, 2**32 - 1, rounding_key(7, "a"), 2**48 - 1):
             q, scale, zero = updated(codes, left, right, 0.99, key)
             got, s, z, *_ = launch(kernels.add_low_rank_int8_, *codes, left, right, 0.99, key)
             torch.testing.assert_close(s, scale, rtol=1e-5, atol=0)  # sums taken in another order
@@ -136,7 +136,7 @@ def test_the_kernel_rounds_up_as_often_as_the_fraction_and_by_the_key():
     left, right = torch.ones(rows, 1), torch.zeros(256, 1)
     right[inner] = 0.3
     ups = []
-    for key in (random_key("a"), random_key("b")):
+    for key in (random_key("a"), rounding_key(1000, "b")):
         q = launch(kernels.add_low_rank_int8_, *quantize_int8(w), left, right, 1.0, key)[0]
         ups.append((q - w)[:, inner])
         assert torch.equal(ups[-1], (uniform(key, 0, w.numel()).view_as(w) + w + 0.3).floor().sub(w)[:, inner])

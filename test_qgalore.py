@@ -38,7 +38,7 @@ from moments import Moments, Sum
 from prepare_c4 import read_shard, write_shard
 from qgalore import Projection, QGaLore, similarity
 from quant import (add_bfloat16_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key,
-                   stochastic_round, uniform)
+                   rounding_key, stochastic_round, uniform)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -92,6 +92,17 @@ def test_counted_random_numbers_are_uniform_differ_by_key_and_start_anywhere():
         assert torch.equal(uniform(random_key("a"), start, n), u[start : start + n])
     whole = torch.arange(-128.0, 128)[:, None]
     assert ((whole + u[:4096]).floor() == whole).all()  # what rounding must leave alone
+
+
+def test_an_element_s_numbers_are_spread_over_the_steps_so_that_equal_steps_round_up_as_often_as_they_should():
+    u = torch.stack([uniform(rounding_key(step, "w"), 0, 2000) for step in range(1000)])  # (steps, elements)
+    for fraction in (0.003, 0.1, 0.5, 0.77):
+        for n in (10, 100, 1000):
+            error = (u[:n] + fraction).floor().sum(dim=0) - n * fraction
+            assert error.abs().max() < 5 and error.mean().abs() < 4 * error.std() / 2000**0.5
+    for step in (1, 999):  # at one step they are as random as any
+        assert abs(u[step].mean() - 0.5) < 4 * 0.29 / 2000**0.5
+        assert abs(torch.corrcoef(torch.stack([u[step], u[step].roll(1)]))[0, 1]) < 4 / 2000**0.5
 
 
 def test_bfloat16_parameters_move_by_steps_far_below_their_last_bit():
