@@ -10,15 +10,20 @@ import math
 
 import torch
 
+from moments import Momentum, Moments
 from quant import add_bfloat16_, random_key, uniform
 
 GROWTH = 1.01  # by which a step may be longer than the one before it (Fira, APOLLO)
+GRADIENT = 0.4  # of a step's own gradient, beside the momentum, in Muon
+LIKE_ADAM = 0.2  # root of the mean square of its step
 HISTORY = 20  # gradients in Natural GaLore's Fisher matrix
 DAMPING = 1e-3  # lambda, which is added to it
 
 
 class GaLore:
     """W moves by P N, N = Adam(R): GaLore (arXiv 2403.03507), Q-GaLore (2407.08296)."""
+
+    moments = Moments  # of R
 
     def __init__(self, projection, layer, scale, key=0, blocks=1):
         self.projection, self.layer, self.scale, self.key, self.blocks = projection, layer, scale, key, blocks
@@ -104,6 +109,14 @@ class Fira(GaLore):
         left, right = super().factors(x, dy, step)
         return torch.cat([left, (x if self.projection.right else dy)[:, self.rows(step)]], dim=1), right
 
+    def among_all(self, g, step):
+        """The rows that this step looks at, and zeros for all others: (dim, other)."""
+        if self.blocks == 1:
+            return g
+        whole = g.new_zeros(self.projection.dim, self.projection.other)
+        whole[self.rows(step)] = g
+        return whole
+
     def measured(self, gradient):
         return gradient[: self.projection.rank]
 
@@ -111,9 +124,31 @@ class Fira(GaLore):
         p, (r, g) = self.projection.matrix(), gradient.tensor_split([self.projection.rank])
         rest, before, n = g.addmm_(p[self.rows(step)], r, alpha=-1), r.norm(dim=0), adam(r)
         rest = self._limit_growth_(rest.mul_(self.blocks * n.norm(dim=0) / (before + 1e-8)))
-        moved = p @ n
-        moved[self.rows(step)] += rest
-        return None, moved
+        return None, self.among_all(rest, step).addmm_(p, n)
+
+
+class Muon(Fira):
+    """Muon (K. Jordan, 2024), which keeps of its momentum what lies in the subspace: W moves by the orthogonal factor
+    of P M + GRADIENT G, at the size of a step of Adam (arXiv 2502.16982, section 2.2). M is the momentum of R; G, the
+    gradient of this step alone, reaches the directions that P leaves out. At full rank it is Muon itself."""
+
+    moments = Momentum
+
+    def direction(self, gradient, momentum, step, dtype):
+        r, g = gradient.tensor_split([self.projection.rank])
+        moved = self.among_all(g.mul_(GRADIENT * self.blocks), step).addmm_(self.projection.matrix(), momentum(r))
+        return None, orthogonal_(moved, dtype).mul_(LIKE_ADAM * max(moved.shape) ** 0.5)
+
+
+def orthogonal_(x, dtype):
+    """About U V^T of x = U S V^T, which is overwritten, in dtype: Newton and Schulz's iteration, with the coefficients of
+    Muon's author, brings singular values from 0.01 times the norm on to 0.7 to 1.2; smaller ones stay smaller."""
+    x = x.div_(x.norm() + 1e-12).to(dtype)
+    y = x if x.shape[0] <= x.shape[1] else x.T
+    for _ in range(5):
+        a = y @ y.T
+        y = torch.addmm(y, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), y, beta=3.4445)
+    return y if x.shape[0] <= x.shape[1] else y.T
 
 
 class Apollo(GaLore):
@@ -180,4 +215,5 @@ class LoQT(GaLore):
 
 
 RULES = {"galore": GaLore, "natural_galore": NaturalGaLore, "fira": Fira, "qfira": Fira,
+         "muon": Muon, "qmuon": Muon,
          "apollo": Apollo, "apollo_mini": ApolloMini, "loqt": LoQT}

@@ -18,9 +18,11 @@ METHODS = {  # the weight_bits that each takes, its own first; and the settings 
     "qgalore": ((8, 16), {}),
     "galore": ((16, 8), FLOAT),  # arXiv 2403.03507, with Adam's moments in float32
     "galore8bit": ((16, 8), FLOAT | {"moments": "8bit"}),
-    "natural_galore": ((16, 8), FLOAT),  # these six: see family.py
+    "natural_galore": ((16, 8), FLOAT),  # these seven: see family.py
     "fira": ((16, 8), FLOAT),
     "qfira": ((8, 16), {}),  # Q-GaLore, and Fira's residual
+    "muon": ((16, 8), FLOAT),  # Muon of low-rank momentum
+    "qmuon": ((8, 16), {}),
     "apollo": ((16, 8), FLOAT | {"galore_scale": 1.0}),
     "apollo_mini": ((16, 8), FLOAT | {"galore_scale": 128**0.5, "rank": 1}),
     "loqt": ((4, 8), {"proj_threshold": 2.0, "gap_growth": 1.2, "moments": "8bit"}),

@@ -98,6 +98,35 @@ class Moments:
                 self.m, self.v = overlap.T @ self.m, rotated(self.v)
 
 
+class Momentum:
+    """The first moment alone, of a low-rank gradient: Muon's. kind: "float32", 4 bytes an element; else INT8, 1 byte,
+    rounded stochastically."""
+
+    def __init__(self, shape, kind, device=None):
+        self.kind = kind
+        self._set(torch.zeros(shape, device=device))
+
+    def _set(self, m):
+        if self.kind == "float32":
+            self.m = m
+        else:
+            self.m, self.m_scale, self.m_zero = quantize_int8(m)
+
+    def step_(self, g, betas, eps, key=0):
+        """g <- m <- beta m + (1 - beta) g. Arguments: as for Moments; eps is not used."""
+        if self.kind == "float32":
+            g.copy_(self.m.lerp_(g.float(), 1 - betas[0]))
+        else:
+            row, col = (torch.ones(n, device=g.device) for n in g.shape)
+            adam_int8_(self.m, self.m_scale, self.m_zero, g, row, col, betas[0], 1.0, 0.0, key)
+
+    def turn_(self, how, overlap):
+        """As for Moments."""
+        if how != "keep":
+            m = self.m if self.kind == "float32" else dequantize_int8(self.m, self.m_scale, self.m_zero)
+            self._set(overlap.T @ m if how == "rotate" else torch.zeros_like(m))
+
+
 class Sum:
     """A matrix (rows, cols) that a step's micro-batches add up in. kind: "float32", 4 bytes an element; "bfloat16", 2,
     or "int8", 1 and 8 bytes a group: both rounded stochastically at every addition."""

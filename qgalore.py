@@ -230,7 +230,7 @@ class QGaLore:
                 layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd, (i + 1) / len(layers),
                 self.device, side, gap_growth)
             self.rules[name] = RULES[rule](projection, layer, scale, random_key(seed, name, "rule"), residual_blocks)
-            self.moments[name] = Moments((projection.rank, projection.other), moments, self.device)
+            self.moments[name] = self.rules[name].moments((projection.rank, projection.other), moments, self.device)
             layer.hook = partial(self._look_at_layer, name)
         for name, p in model.named_parameters():
             if p.requires_grad:

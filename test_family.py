@@ -20,7 +20,9 @@ from configurator import configure
 from memory import Live, memory_plan
 from methods import METHODS, of_method, restart
 from model import LLaMA, LLaMAConfig, QLinear
+from moments import Momentum
 from qgalore import QGaLore
+from quant import rounding_key
 from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens
 
 SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
@@ -85,6 +87,48 @@ def test_fira_adds_the_residual_scaled_by_column_and_limited_in_growth(shape, bl
         norm = rest.norm()
         torch.testing.assert_close(turned(layer) - before, -0.01 * (p @ n + rest), rtol=1e-3, atol=1e-5)
     assert limited and optimizer.projections[""].refreshes == 5
+
+
+@pytest.mark.parametrize("blocks,rank", [(1, 8), (3, 8), (1, 32)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_moves_by_the_orthogonal_factor_of_low_rank_momentum_and_the_gradient(shape, blocks, rank):
+    layer, optimizer = layer_and_optimizer(shape, "muon", residual_blocks=blocks, rank=rank, scale=0.5)
+    projection, m = next(iter(optimizer.projections.values())), 0
+    for i, (x, dy, g) in enumerate(gradients(shape, 12)):
+        before, p = turned(layer), projection.basis and projection.matrix()
+        layer.hook(layer, x, dy)
+        if p is None:
+            assert torch.equal(turned(layer), before)
+            continue
+        m = 0.9 * m + 0.1 * p.T @ g
+        seen = torch.where(torch.arange(len(g))[:, None] % blocks == i % blocks, g, 0)
+        u, s, vh = torch.linalg.svd(p @ m + 0.4 * blocks * seen, full_matrices=False)
+        moved = u.T @ (before - turned(layer)) @ vh.T / (0.01 * 0.5 * 0.2 * max(shape) ** 0.5)
+        size = moved.diag()  # what became of s, its singular values: near 1
+        assert size.max() < 1.25 and size[s > 0.02 * s.norm()].min() > 0.65
+        assert (moved - size.diag()).abs().max() < 1e-3
+    assert optimizer.projections[""].refreshes == (0 if rank == 32 else 3)
+
+
+@pytest.mark.parametrize("kind", ["factored", "float32"])
+def test_momentum_is_the_mean_of_gradients_in_its_bytes_and_follows_the_basis(kind):
+    momentum, m = Momentum((40, 300), kind), 0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        g = torch.randn(40, 300, generator=generator) + 0.5
+        m = 0.9 * m + 0.1 * g
+        momentum.step_(g, (0.9, 0.999), 1e-8, rounding_key(step, "m"))
+        torch.testing.assert_close(g, m, rtol=0, atol=0.03 if kind == "factored" else 1e-5)
+    assert sum(t.nbytes for t in vars(momentum).values() if torch.is_tensor(t)) == (
+        40 * 300 + 40 * 2 * 8 if kind == "factored" else 4 * 40 * 300)
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
+    momentum.turn_("keep", turn)
+    momentum.turn_("rotate", turn)
+    momentum.step_(g := torch.zeros(40, 300), (0.9, 0.999), 1e-8)
+    torch.testing.assert_close(g, 0.9 * turn.T @ m, rtol=0, atol=0.06 if kind == "factored" else 1e-5)
+    momentum.turn_("reset", turn)
+    momentum.step_(g, (1.0, 0.999), 1e-8)
+    assert not g.any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
