@@ -33,7 +33,7 @@ from qgalore import Projection, QGaLore
 # train.py's settings, that its recipes fit; data, accumulation and the length of a run play no part here
 globals().update({k: v for k, v in vars(train).items() if k[0].islower() and isinstance(v, (int, float, str))})
 out_dir = "out-bench"  # bench.json, bench.png
-contenders = "all"  # or some, with commas: qgalore,qfira,adam8bit,adamw,galore,q_galore,apollo,torchao
+contenders = "all"  # or some, with commas: qgalore,qmuon,adam8bit,adamw,galore,q_galore,apollo,torchao
 steps = 10  # timed, the device not waited for
 warmup = 3  # before them, not timed: the first takes every layer's first basis
 phase_steps = 3  # after them, the device waited for at both ends of each phase; then one in which all bases are due
@@ -45,7 +45,7 @@ refresh_study = False  # time a refresh against exact SVD on the matrices of one
 contender = ""  # internal: the one that this process runs
 # -----------------------------------------------------------------------------
 
-CONTENDERS = ["qgalore", "qfira", "adam8bit", "adamw", *PEERS]
+CONTENDERS = ["qgalore", "qmuon", "qfira", "adam8bit", "adamw", *PEERS]
 PHASES = ["forward", "backward", "projection", "update", "refresh"]
 
 

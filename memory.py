@@ -130,7 +130,7 @@ def refuse_what_does_not_fit(plan, free, device):
         largest = "sums of micro-batches"
     lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
              "moments": "rank", "projections": "rank",
-             "sums of micro-batches": "gradient_accumulation_steps to 1, or with fira and qfira raise residual_blocks"}
+             "sums of micro-batches": "gradient_accumulation_steps to 1, or with muon and fira raise residual_blocks"}
     lower = lower.get(largest, "n_layer or n_embd")
     if free is not None and need > free:
         raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "

@@ -69,7 +69,7 @@ checkpoint_activations = False  # compute each block's forward again in backward
 checkpoint_bits = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
-method = "qfira"  # Q-GaLore and the gradient's residual; or "qgalore", "adamw", "loqt", "lora" ...: see methods.py
+method = "qmuon"  # Muon at Q-GaLore's memory; or "qgalore", the paper's, "adamw", "loqt", "lora" ...: see methods.py
 rank = 128  # of the projections, or of LoRA's adapters
 proj_gap = 200  # steps between a layer's refreshes, at first; between the restarts of relora
 gap_growth = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
@@ -78,7 +78,7 @@ proj_k = 5  # refreshes in that mean
 proj_bits = 4  # 4, 8 or 16 (not quantised)
 proj_side = "auto"  # of a weight, that is projected: the smaller; or "right" (its inputs), "left"
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
-residual_blocks = 1  # of qfira, fira: a step's residual moves each such row of a weight; 8: an eighth of its sums
+residual_blocks = 1  # of (q)muon, (q)fira: a step sees each such row of the gradient itself; 8: an eighth of its sums
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rotate" into the new basis
 weight_bits = 0  # of the blocks' matrices: 4 (NF4), 8, 16 (in `dtype`), 32 (float32); 0: the method's own

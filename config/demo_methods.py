@@ -3,5 +3,5 @@
 exec(open("config/demo.py").read())
 out_dir = "out-demo-" + method
 learning_rate = {"adamw": 0.001, "adam8bit": 0.001, "lora": 0.004, "relora": 0.004, "apollo": 0.008,
-                 "apollo_mini": 0.008}.get(method, 0.002)
+                 "apollo_mini": 0.008, "muon": 0.004, "qmuon": 0.004}.get(method, 0.002)
 proj_gap = 300 if method == "relora" else 50
