@@ -15,7 +15,7 @@ a scale in INT8 do not mix strong directions with weak ones.
 P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has come to rest doubles
 its own gap, and stops paying for refreshes (section 3.2).
 
-train.py's default moves W by the residual of the gradient, too, which P leaves over; that and other rules: family.py.
+That is --method=qgalore. train.py's default makes another step of the same R and P, Muon's; that and others: family.py.
 
 What differs from the well-known galore-torch and q-galore-torch: accumulation, all parameters train, the update is
 added in float32 before it is rounded, a randomised range finder takes the place of the full SVD, similarity compares

@@ -295,7 +295,7 @@ def test_each_method_learns_and_resumes_bit_for_bit(shards, tmp_path, method):
         assert code == 0 and out.startswith("the"), err
 
 
-@pytest.mark.parametrize("method", [*family.RULES, "qfira in blocks"])
+@pytest.mark.parametrize("method", [*family.RULES, "qmuon in blocks"])
 def test_micro_batches_make_the_step_of_one_batch(method):
     weights = []
     for parts in (1, 4):
@@ -310,7 +310,7 @@ def test_micro_batches_make_the_step_of_one_batch(method):
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["loqt", "qfira"])
+@pytest.mark.parametrize("method", ["loqt", "qmuon"])
 def test_a_step_that_waits_for_the_global_norm_is_the_one_taken_in_backward(method):
     weights = []
     for clip in (0.0, 1e9):
