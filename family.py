@@ -136,19 +136,21 @@ class Muon(Fira):
 
     def direction(self, gradient, momentum, step, dtype):
         r, g = gradient.tensor_split([self.projection.rank])
-        moved = self.among_all(g.mul_(GRADIENT * self.blocks), step).addmm_(self.projection.matrix(), momentum(r))
-        return None, orthogonal_(moved, dtype).mul_(LIKE_ADAM * max(moved.shape) ** 0.5)
+        g = self.among_all(g.mul_(GRADIENT * self.blocks), step)
+        n = orthogonal_(g.addmm_(self.projection.matrix(), momentum(r)), dtype)
+        return None, n.mul_(LIKE_ADAM * max(n.shape) ** 0.5)
 
 
 def orthogonal_(x, dtype):
     """About U V^T of x = U S V^T, which is overwritten, in dtype: Newton and Schulz's iteration, with the coefficients of
     Muon's author, brings singular values from 0.01 times the norm on to 0.7 to 1.2; smaller ones stay smaller."""
+    wide = x.shape[0] <= x.shape[1]
     x = x.div_(x.norm() + 1e-12).to(dtype)
-    y = x if x.shape[0] <= x.shape[1] else x.T
+    x = x if wide else x.T
     for _ in range(5):
-        a = y @ y.T
-        y = torch.addmm(y, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), y, beta=3.4445)
-    return y if x.shape[0] <= x.shape[1] else y.T
+        a = x @ x.T
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.T
 
 
 class Apollo(GaLore):
