@@ -37,8 +37,8 @@ from model import LLaMA, LLaMAConfig, QLinear, plain_linear
 from moments import Moments, Sum
 from prepare_c4 import read_shard, write_shard
 from qgalore import Projection, QGaLore, similarity
-from quant import (add_bfloat16_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8, random_key,
-                   rounding_key, stochastic_round, uniform)
+from quant import (add_bfloat16_, add_low_rank_int8_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8,
+                   random_key, rounding_key, stochastic_round, uniform)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -103,6 +103,21 @@ def test_an_element_s_numbers_are_spread_over_the_steps_so_that_equal_steps_roun
     for step in (1, 999):  # at one step they are as random as any
         assert abs(u[step].mean() - 0.5) < 4 * 0.29 / 2000**0.5
         assert abs(torch.corrcoef(torch.stack([u[step], u[step].roll(1)]))[0, 1]) < 4 / 2000**0.5
+
+
+def test_spread_numbers_halve_the_variance_of_what_rounding_adds_up_to():
+    def error(key):
+        torch.manual_seed(0)
+        w, step = torch.randn(64, 512) * 0.02, torch.zeros(64, 512)
+        q, scale, zero = quantize_int8(w)
+        w = dequantize_int8(q, scale, zero)
+        for i in range(300):
+            step.lerp_(torch.randn(64, 512) * 1e-4, 0.1)  # as momentum turns
+            w += step
+            add_low_rank_int8_(q, scale, zero, step, None, key=key(i))
+        return (dequantize_int8(q, scale, zero) - w).square().mean().item()
+
+    assert 0.3 < error(lambda i: rounding_key(i, "w")) / error(lambda i: random_key(i, "w")) < 0.6
 
 
 def test_bfloat16_parameters_move_by_steps_far_below_their_last_bit():
