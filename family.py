@@ -15,7 +15,10 @@ from quant import add_bfloat16_, random_key, uniform
 
 GROWTH = 1.01  # by which a step may be longer than the one before it (Fira, APOLLO)
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum, in Muon
-LIKE_ADAM = 0.2  # root of the mean square of its step
+LIKE_ADAM = 0.2  # root of the mean square of its step in a square weight
+BLOCKS = 4  # of a weight's longer side, each of which it makes orthogonal
+NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)  # a x + b x^3 + c x^5:
+# nearest to 1 on [0.01, 1], and then on what the one before makes of that (arXiv 2505.16932): all within 0.269 of 1
 HISTORY = 20  # gradients in Natural GaLore's Fisher matrix
 DAMPING = 1e-3  # lambda, which is added to it
 
@@ -128,9 +131,9 @@ class Fira(GaLore):
 
 
 class Muon(Fira):
-    """Muon (K. Jordan, 2024), which keeps of its momentum what lies in the subspace: W moves by the orthogonal factor
-    of P M + GRADIENT G, at the size of a step of Adam (arXiv 2502.16982, section 2.2). M is the momentum of R; G, the
-    gradient of this step alone, reaches the directions that P leaves out. At full rank it is Muon itself."""
+    """Muon (K. Jordan, 2024), which keeps of its momentum what lies in the subspace: W moves by the orthogonal factor,
+    block by block, of P M + GRADIENT G, at the size of a step of Adam (arXiv 2502.16982, section 2.2). M is the momentum
+    of R; G, the gradient of this step alone, reaches the directions that P leaves out."""
 
     moments = Momentum
 
@@ -142,15 +145,20 @@ class Muon(Fira):
 
 
 def orthogonal_(x, dtype):
-    """About U V^T of x = U S V^T, which is overwritten, in dtype: Newton and Schulz's iteration, with the coefficients of
-    Muon's author, brings singular values from 0.01 times the norm on to 0.7 to 1.2; smaller ones stay smaller."""
-    wide = x.shape[0] <= x.shape[1]
-    x = x.div_(x.norm() + 1e-12).to(dtype)
-    x = x if wide else x.T
-    for _ in range(5):
-        a = x @ x.T
-        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x if wide else x.T
+    """x <- about U V^T of each of BLOCKS blocks of its longer side, U S V^T: each polynomial of NEWTON_SCHULZ, an iteration
+    in dtype, brings the singular values nearer to 1. Blocks take a quarter of the operations, and are no worse (RESULTS.md)."""
+    for block in x.tensor_split(BLOCKS, dim=int(x.shape[0] <= x.shape[1])):
+        wide = block.shape[0] <= block.shape[1]
+        y = (block / (block.norm() + 1e-12)).to(dtype)
+        y = y if wide else y.T
+        for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
+            gram = y @ y.T
+            if i == 0:  # its norm bounds the largest singular value's square, and closer than that of y
+                size = gram.norm() + 1e-12
+                y, gram = y / size.sqrt(), gram / size
+            y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+        block.copy_(y if wide else y.T)
+    return x
 
 
 class Apollo(GaLore):

@@ -102,11 +102,13 @@ def test_muon_moves_by_the_orthogonal_factor_of_low_rank_momentum_and_the_gradie
             continue
         m = 0.9 * m + 0.1 * p.T @ g
         seen = torch.where(torch.arange(len(g))[:, None] % blocks == i % blocks, g, 0)
-        u, s, vh = torch.linalg.svd(p @ m + 0.4 * blocks * seen, full_matrices=False)
-        moved = u.T @ (before - turned(layer)) @ vh.T / (0.01 * 0.5 * 0.2 * max(shape) ** 0.5)
-        size = moved.diag()  # what became of s, its singular values: near 1
-        assert size.max() < 1.25 and size[s > 0.02 * s.norm()].min() > 0.65
-        assert (moved - size.diag()).abs().max() < 1e-3
+        parts = [(before - turned(layer)) / (0.01 * 0.5 * 0.2 * max(shape) ** 0.5), p @ m + 0.4 * blocks * seen]
+        for moved, part in zip(*(a.chunk(4, dim=int(a.shape[1] >= a.shape[0])) for a in parts)):
+            u, s, vh = torch.linalg.svd(part, full_matrices=False)
+            moved = u.T @ moved @ vh.T
+            size = moved.diag()  # what became of s, its singular values: near 1
+            assert (size[s > 0.02 * s.norm()] - 1).abs().max() < 0.28
+            assert (moved - size.diag()).abs().max() < 1e-3
     assert optimizer.projections[""].refreshes == (0 if rank == 32 else 3)
 
 
