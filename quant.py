@@ -21,6 +21,7 @@ kernels.py has these functions again, under the same names, for CUDA.
 
 import hashlib
 import logging
+import math
 from functools import cache
 
 import torch
@@ -269,8 +270,9 @@ def dequantize_nf4(packed, absmax, absmax_scale, absmax_mean, shape, dtype=torch
     bnb, codes = bitsandbytes()
     nested = bnb.QuantState(absmax_scale, code=codes[0].to(packed.device), blocksize=256, dtype=torch.float32)
     quantiles = bnb.get_4bit_type("nf4", packed.device)
-    state = bnb.QuantState(absmax, shape, quantiles, 64, "nf4", dtype, absmax_mean, nested)
-    return bnb.dequantize_4bit(packed, state)
+    flat = torch.Size([math.prod(shape)])  # on CPUs with AVX-512 its blocks start anew at every row, wrongly (0.50)
+    state = bnb.QuantState(absmax, flat, quantiles, 64, "nf4", dtype, absmax_mean, nested)
+    return bnb.dequantize_4bit(packed, state).view(shape)
 
 
 def _checked(group_size):

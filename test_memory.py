@@ -85,7 +85,7 @@ def test_llama_7b_is_planned_for_a_16_gb_card_and_without_accumulation_for_a_12_
     config = configure(settings, [f"{HERE}/config/llama_7b.py", "--n_kv_head=32"])
     assert config["batch_size"] * config["gradient_accumulation_steps"] == 512
     plan = memory_plan(config, train.build, torch.bfloat16, torch.bfloat16)
-    assert sum(plan.values()) / 2**30 <= 13.9
+    assert sum(plan.values()) / 2**30 <= 14.6
     assert (sum(plan.values()) - plan["sums of micro-batches"]) / 2**30 <= 11.5
 
 
