@@ -854,9 +854,12 @@ def script(name, *args, **popen):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the ports that connections get: one of those could be taken before the job listens there."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):  # nobody listens
+                return port
 
 
 class Job:
