@@ -147,7 +147,7 @@ class Muon(Fira):
 
 def orthogonal_(x, dtype):
     """x <- about U V^T of each of BLOCKS blocks of its longer side, U S V^T: each polynomial of NEWTON_SCHULZ, an iteration
-    in dtype, brings the singular values nearer to 1. Blocks take a quarter of the operations, and are no worse (RESULTS.md)."""
+    in dtype, brings the singular values nearer to 1. Blocks take fewer operations, and are no worse (RESULTS.md)."""
     for block in x.tensor_split(BLOCKS, dim=int(x.shape[0] <= x.shape[1])):
         wide = block.shape[0] <= block.shape[1]
         y = (block / (block.norm() + 1e-12)).to(dtype)

@@ -105,7 +105,7 @@ def test_an_element_s_numbers_are_spread_over_the_steps_so_that_equal_steps_roun
         assert abs(torch.corrcoef(torch.stack([u[step], u[step].roll(1)]))[0, 1]) < 4 / 2000**0.5
 
 
-def test_spread_numbers_halve_the_variance_of_what_rounding_adds_up_to():
+def test_spread_numbers_leave_a_third_of_the_variance_of_what_rounding_adds_up_to():
     def error(key):
         torch.manual_seed(0)
         w, step = torch.randn(64, 512) * 0.02, torch.zeros(64, 512)
@@ -117,7 +117,8 @@ def test_spread_numbers_halve_the_variance_of_what_rounding_adds_up_to():
             add_low_rank_int8_(q, scale, zero, step, None, key=key(i))
         return (dequantize_int8(q, scale, zero) - w).square().mean().item()
 
-    assert 0.3 < error(lambda i: rounding_key(i, "w")) / error(lambda i: random_key(i, "w")) < 0.6
+    spread, independent = error(lambda i: rounding_key(i, "w")), error(lambda i: random_key(i, "w"))
+    assert spread / independent == pytest.approx(0.36, abs=0.03)
 
 
 def test_bfloat16_parameters_move_by_steps_far_below_their_last_bit():
