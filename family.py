@@ -24,6 +24,11 @@ HISTORY = 20  # gradients in Natural GaLore's Fisher matrix
 DAMPING = 1e-3  # lambda, which is added to it
 
 
+def frobenius(x):
+    """The root of the sum of x's squares, () float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
+
+
 class GaLore:
     """W moves by P N, N = Adam(R): GaLore (arXiv 2403.03507), Q-GaLore (2407.08296)."""
 
@@ -41,9 +46,9 @@ class GaLore:
         """(left, right), left^T right = what micro-batches add up, R, of x (T, in) and dy (T, out)."""
         return self.projection.project(x, dy)
 
-    def measured(self, gradient):
-        """What of the sum is looked at for its norm."""
-        return gradient
+    def norm(self, gradient):
+        """Of what was summed up, () float32: for the log, and grad_clip."""
+        return frobenius(gradient)
 
     def direction(self, r, adam, step, dtype):
         """(P, N) of which W moves by P N; where P is None, by N, (dim, other). r: what was summed up, float32, is
@@ -121,8 +126,8 @@ class Fira(GaLore):
         whole[self.rows(step)] = g
         return whole
 
-    def measured(self, gradient):
-        return gradient[: self.projection.rank]
+    def norm(self, gradient):
+        return frobenius(gradient[: self.projection.rank])
 
     def direction(self, gradient, adam, step, dtype):
         p, (r, g) = self.projection.matrix(), gradient.tensor_split([self.projection.rank])
@@ -137,6 +142,10 @@ class Muon(Fira):
     of R; G, the gradient of this step alone, reaches the directions that P leaves out."""
 
     moments = Momentum
+
+    def norm(self, gradient):
+        """Of G, as far as its rows tell: R may have been summed up in the momentum."""
+        return frobenius(gradient[self.projection.rank :]) * self.blocks**0.5
 
     def direction(self, gradient, momentum, step, dtype):
         r, g = gradient.tensor_split([self.projection.rank])

@@ -120,6 +120,23 @@ class Momentum:
             row, col = (torch.ones(n, device=g.device) for n in g.shape)
             adam_int8_(self.m, self.m_scale, self.m_zero, g, row, col, betas[0], 1.0, 0.0, key)
 
+    def add_(self, left, right, shrink, key):
+        """m <- shrink m + left^T right, left (T, rows), right (T, cols)."""
+        if self.kind == "float32":
+            self.m.mul_(shrink).addmm_(left.T.float(), right.float())
+        else:
+            codes = self.m, self.m_scale, self.m_zero
+            add_low_rank_int8_(*codes, left.T.contiguous(), right.T.contiguous(), shrink, key)
+
+    def take_(self):
+        """m, float32; what is left is 0."""
+        if self.kind == "float32":
+            m, self.m = self.m, torch.zeros_like(self.m)
+            return m
+        m = dequantize_int8(self.m, self.m_scale, self.m_zero)
+        self.m_scale.zero_(), self.m_zero.zero_()
+        return m
+
     def turn_(self, how, overlap):
         """As for Moments."""
         if how != "keep":
@@ -162,3 +179,23 @@ class Sum:
         if self.kind == "int8":
             return dequantize_int8(*self.codes).masked_fill_(~self.finite, torch.nan)
         return self.total.float()
+
+
+class SumInMomentum(Sum):
+    """A Sum whose first rows, the low-rank gradient, take no memory: they add up in the momentum that they are for.
+    Before its step m <- beta m + (1 - beta) r, m + (1 / beta - 1) r is the same. Of several ranks the first adds to m, the
+    others to 0. After a gradient that is not finite m starts anew."""
+
+    def __init__(self, momentum, beta, first, rows, cols, kind, device):
+        self.momentum, self.beta, self.first = momentum, beta, first
+        super().__init__(rows - len(momentum.m), cols, kind, device)
+
+    def add_(self, left, right, key):
+        r, rest = left.tensor_split([len(self.momentum.m)], dim=1)
+        shrink = 1.0 if self.first or self.added else 0.0
+        self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ 1)
+        super().add_(rest, right, key)
+
+    def value(self):
+        r = self.momentum.take_().mul_(self.beta / (1 - self.beta))  # of which that step makes beta m
+        return torch.cat([r, super().value()])

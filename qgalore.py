@@ -28,10 +28,10 @@ from functools import partial
 
 import torch
 
-from family import RULES
+from family import RULES, frobenius
 from kernels import decode, encode
 from model import QLinear
-from moments import ACCUMULATION, AT_REFRESH, MOMENTS, Moments, Sum
+from moments import ACCUMULATION, AT_REFRESH, MOMENTS, Momentum, Moments, Sum, SumInMomentum
 from parallel import Ranks
 from quant import CHUNK, add_bfloat16_, chunks, random_key, rounding_key, uniform
 
@@ -196,7 +196,8 @@ class QGaLore:
     quantised). side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller. rule: how the gradient
     steps a weight, residual_blocks: Fira's, see family.py. moments, moments_at_refresh: see Moments.
     stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
-    accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad.
+    accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad, and
+    Muon's, where that is "int8" and grad_clip is 0, in the momentum, at no byte more.
     ranks: see parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero;
     pop_stats() counts it.
 
@@ -260,7 +261,7 @@ class QGaLore:
         if self.accumulating:
             self.accumulated = True
             if total is None:
-                total = Sum(left.shape[1], right.shape[1], self.accumulation, self.device)
+                total = self._sum(name, what, left.shape[1], right.shape[1])
                 self.sums[name, what] = total
             key = rounding_key(total.added, self.seed, name, self.steps[name], what, self.ranks.rank)
             total.add_(left, right, key)
@@ -271,6 +272,13 @@ class QGaLore:
         if self.ranks.size > 1:
             product = product.to(left.dtype)  # as it is sent
         self.ranks.sum_(product, lambda product: then(product.float()))
+
+    def _sum(self, name, what, *shape):
+        """An empty Sum (rows, cols): of a gradient in its momentum, if it has no other use, and no finer sum is wanted."""
+        kind, beta, momentum = self.accumulation, self.betas[0], self.moments[name]
+        if what == "gradient" and isinstance(momentum, Momentum) and kind == "int8" and beta and not self.grad_clip:
+            return SumInMomentum(momentum, beta, self.ranks.rank == 0, *shape, kind, self.device)
+        return Sum(*shape, kind, self.device)
 
     def _step_layer(self, name, step, dtype, gradient):
         def adam(r):
@@ -288,7 +296,7 @@ class QGaLore:
             kept.set_(gradient)
             return kept.value
 
-        self._admit(name, gradient, self.rules[name].measured(gradient), move, keep)
+        self._admit(name, gradient, self.rules[name].norm(gradient), move, keep)
 
     @torch.no_grad()
     def _look_at_parameter(self, name, p):
@@ -310,15 +318,14 @@ class QGaLore:
             else:
                 p.add_(grad, alpha=-lr)
 
-        self._admit(name, grad, grad, move, lambda grad: lambda: grad)
+        self._admit(name, grad, frobenius(grad), move, lambda grad: lambda: grad)
 
-    def _admit(self, name, grad, measured, move, keep):
-        """Note the norm of what is measured of the gradient, let one that is not finite be zero, clip it, and
-        move(grad): at once, or when step() knows all norms. keep(grad): a function that then gives grad."""
+    def _admit(self, name, grad, norm, move, keep):
+        """Note the gradient's norm, let one that is not finite be zero, clip it, and move(grad): at once, or when step()
+        knows all norms. keep(grad): a function that then gives grad."""
         if name in self.held:
             raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the last backward")
-        norm = torch.linalg.vector_norm(measured, dtype=torch.float32)
-        ok = norm.isfinite()
+        ok = norm.isfinite() & grad.sum().isfinite()
         self.skipped += ~ok
         self.norms[self.places[name]] = norm.where(ok, 0)
         grad.masked_fill_(~ok, 0)

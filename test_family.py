@@ -20,9 +20,9 @@ from configurator import configure
 from memory import Live, memory_plan
 from methods import METHODS, of_method, restart
 from model import LLaMA, LLaMAConfig, QLinear
-from moments import Momentum
+from moments import Momentum, SumInMomentum
 from qgalore import QGaLore
-from quant import rounding_key
+from quant import random_key, rounding_key
 from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens
 
 SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
@@ -320,6 +320,41 @@ def test_micro_batches_make_the_step_of_one_batch(method):
                 layer.hook(layer, a, b)
         weights.append(layer.float_weight())
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "factored"])
+def test_low_rank_gradients_of_micro_batches_and_ranks_add_up_in_the_momentum_they_are_for(kind):
+    """Rows 0 to 15 of what is summed are R, the others G's; each of two ranks has two micro-batches, or four."""
+    generator, beta = torch.Generator().manual_seed(0), 0.9
+    expected, ranks = Momentum((16, 96), "float32"), [Momentum((16, 96), kind) for _ in range(2)]
+    for step, parts in enumerate((2, 4, 4, 2)):
+        exact, sent = 0, 0
+        for rank, momentum in enumerate(ranks):
+            total = SumInMomentum(momentum, beta, rank == 0, 40, 96, "int8", "cpu")
+            for part in range(parts):
+                left, right = torch.randn(20, 40, generator=generator), torch.randn(20, 96, generator=generator)
+                exact = exact + left.T @ right
+                if part < parts - 1:
+                    total.add_(left, right, random_key(step, rank, part))
+            sent = sent + left.T @ right + total.value()
+        expected.step_(r := exact[:16].clone(), (beta,), 0)
+        for momentum in ranks:
+            momentum.step_(found := sent[:16].clone(), (beta,), 0, key=step)
+            assert (found - r).norm() < (1e-5 if kind == "float32" else 0.02) * r.norm()
+        assert (sent[16:] - exact[16:]).norm() < 0.02 * exact[16:].norm()
+
+
+def test_after_a_micro_batch_that_is_not_finite_muon_makes_no_step_and_starts_its_momentum_anew():
+    layer, optimizer = layer_and_optimizer((40, 24), "qmuon", 8)
+    before, moved = layer.float_weight(), []
+    for step, (x, dy, _) in enumerate(gradients((40, 24), 6)):
+        for part, (a, b) in enumerate(zip(x.chunk(2), dy.chunk(2))):
+            optimizer.accumulating = part == 0
+            layer.hook(layer, a, b * (float("inf") if (step, part) == (3, 0) else 1))
+        after = layer.float_weight()
+        moved.append((after - before).norm().item())
+        before = after
+    assert moved[3] < 0.1 * min(moved[1:3] + moved[4:]) and optimizer.pop_stats()["skipped"] == 1
 
 
 @pytest.mark.parametrize("method", ["loqt", "qmuon"])

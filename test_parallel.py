@@ -53,6 +53,18 @@ def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_numbe
     assert min(sent[1:]) == pytest.approx(4 * (low_rank + dense) / 1e6)  # of a step without a refresh, in float32
 
 
+def test_ranks_whose_momentum_is_their_sum_stay_identical_and_learn_what_one_process_does(shards, tmp_path):
+    args = [f"--data_dir={shards}", *TINY_RUN, "--method=qmuon", "--gradient_accumulation_steps=4", "--residual_blocks=2",
+            "--max_iters=12", "--eval_interval=4"]  # at an evaluation ranks compare what they have
+    losses = []
+    for size in (1, 2):
+        (code, out, err), *_ = Job(f"{tmp_path}/{size}", *[trains(*args, f"--out_dir={tmp_path}/{size}")] * size).wait()
+        assert code == 0, err
+        losses.append(read_log(f"{tmp_path}/{size}"))
+    for key, loss in losses[0].items():  # INT8 sums of two ranks round otherwise than those of one
+        assert losses[1][key] == pytest.approx(loss, rel=0.01), key
+
+
 def test_each_rank_reads_its_own_windows_and_all_together_what_one_would(shards):
     reader = lambda: train.Windows(f"{shards}/*_train_*.bin", 32, 257, seed=5)
     whole, ranks = reader(), [reader() for _ in range(3)]

@@ -78,7 +78,7 @@ proj_k = 5  # refreshes in that mean
 proj_bits = 4  # 4, 8 or 16 (not quantised)
 proj_side = "auto"  # of a weight, that is projected: the smaller; or "right" (its inputs), "left"
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
-residual_blocks = 1  # of (q)muon, (q)fira: a step sees each such row of the gradient itself; 4: a quarter of its sums
+residual_blocks = 1  # of (q)muon, (q)fira: a step sees each such row of the gradient itself; 2: half of its sums
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 moments_at_refresh = "keep"  # Adam's, when the subspace turns; or "reset", "rotate" into the new basis
 weight_bits = 0  # of the blocks' matrices: 4 (NF4), 8, 16 (in `dtype`), 32 (float32); 0: the method's own
@@ -89,7 +89,7 @@ lora_alpha = 32.0  # adapters count alpha / rank times
 matmul = "float"  # or "int8": forward and input gradient on the INT8 tensor cores, x and dy rounded to 8 bits
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments = "factored"  # Adam's: first in INT8, second as a row and a column; or "8bit" (bitsandbytes), "float32"
-accumulation = "int8"  # what low-rank gradients of micro-batches add up in; or "bfloat16", "float32"
+accumulation = "int8"  # what low-rank gradients of micro-batches add up in (muons': the momentum); or "bfloat16", "float32"
 # optimizer
 learning_rate = 0.01
 max_iters = 10000  # steps
