@@ -186,13 +186,14 @@ class SumInMomentum(Sum):
     Before its step m <- beta m + (1 - beta) r, m + (1 / beta - 1) r is the same. Of several ranks the first adds to m, the
     others to 0. After a gradient that is not finite m starts anew."""
 
-    def __init__(self, momentum, beta, first, rows, cols, kind, device):
+    def __init__(self, momentum, beta, first, rows, cols, device):
         self.momentum, self.beta, self.first = momentum, beta, first
-        super().__init__(rows - len(momentum.m), cols, kind, device)
+        super().__init__(rows - len(momentum.m), cols, "int8", device)
 
     def add_(self, left, right, key):
         r, rest = left.tensor_split([len(self.momentum.m)], dim=1)
         shrink = 1.0 if self.first or self.added else 0.0
+        self.finite &= r.sum().isfinite()  # r is of all rows of the gradient, the rest may be of some
         self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ 1)
         super().add_(rest, right, key)
 

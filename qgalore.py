@@ -277,7 +277,7 @@ class QGaLore:
         """An empty Sum (rows, cols): of a gradient in its momentum, if it has no other use, and no finer sum is wanted."""
         kind, beta, momentum = self.accumulation, self.betas[0], self.moments[name]
         if what == "gradient" and isinstance(momentum, Momentum) and kind == "int8" and beta and not self.grad_clip:
-            return SumInMomentum(momentum, beta, self.ranks.rank == 0, *shape, kind, self.device)
+            return SumInMomentum(momentum, beta, self.ranks.rank == 0, *shape, self.device)
         return Sum(*shape, kind, self.device)
 
     def _step_layer(self, name, step, dtype, gradient):
