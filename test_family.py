@@ -347,7 +347,7 @@ def test_low_rank_gradients_of_micro_batches_and_ranks_add_up_in_the_momentum_th
 @pytest.mark.parametrize("bad", [0, 1])
 @pytest.mark.parametrize("blocks", [1, 5])
 def test_after_a_micro_batch_that_is_not_finite_muon_makes_no_step_and_starts_its_momentum_anew(blocks, bad):
-    layer, optimizer = layer_and_optimizer((40, 24), "qmuon", 8, residual_blocks=blocks)
+    layer, optimizer = layer_and_optimizer((40, 24), "qmuon", 8, residual_blocks=blocks, moments="factored")
     before, moved = layer.float_weight(), []
     for step, (x, dy, _) in enumerate(gradients((40, 24), 6)):
         for part, (a, b) in enumerate(zip(x.chunk(2), dy.chunk(2))):
