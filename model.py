@@ -21,9 +21,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import adapter, put_low_rank
-from kernels import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
-from layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
+from finetune.adapters import adapter, put_low_rank
+from kernels.quantized import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
+from kernels.layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
 from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
 
 INIT_STD = 0.02

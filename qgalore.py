@@ -28,11 +28,11 @@ from functools import partial
 
 import torch
 
-from family import RULES, frobenius
-from kernels import decode, encode
+from methods.family import RULES, frobenius
+from kernels.quantized import decode, encode
 from model import QLinear
-from moments import ACCUMULATION, AT_REFRESH, MOMENTS, Momentum, Moments, Sum, SumInMomentum
-from parallel import Ranks
+from methods.moments import ACCUMULATION, AT_REFRESH, MOMENTS, Momentum, Moments, Sum, SumInMomentum
+from run.ranks import Ranks
 from quant import CHUNK, add_bfloat16_, chunks, random_key, rounding_key, uniform
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good

@@ -6,9 +6,9 @@ Generate text from a run's checkpoint, token by token:
 
 import torch
 
-from checkpoint import load_model
+from run.checkpoint import load_model
 from configurator import configure
-from tokenizer import get_encoding
+from finetune.tokenizer import get_encoding
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # whose ckpt.pt to read; or a Hugging Face directory or repository

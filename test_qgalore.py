@@ -30,12 +30,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoint import save_checkpoint
+from run.checkpoint import save_checkpoint
 from configurator import configure
-from memory import memory_plan
+from run.memory import memory_plan
 from model import LLaMA, LLaMAConfig, QLinear, plain_linear
-from moments import Moments, Sum
-from prepare_c4 import read_shard, write_shard
+from methods.moments import Moments, Sum
+from run.shards import read_shard, write_shard
 from qgalore import Projection, QGaLore, similarity
 from quant import (add_bfloat16_, add_low_rank_int8_, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8,
                    random_key, rounding_key, stochastic_round, uniform)

@@ -22,17 +22,18 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_same_model, load_checkpoint, paths, save_checkpoint
+from run.checkpoint import check_same_model, load_checkpoint, paths, save_checkpoint
 from configurator import configure
-from data import Windows
-from memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
-from methods import build, of_method, of_model, restart
-from moments import ACCUMULATION, AT_REFRESH, MOMENTS
-from parallel import IN_FLIGHT, Ranks
-from plot import plot_loss, read_log
-from prepare_c4 import prepare, replacing
+from run.data import Windows
+from run.memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
+from methods.registry import build, of_method, of_model, restart
+from methods.moments import ACCUMULATION, AT_REFRESH, MOMENTS
+from run.ranks import IN_FLIGHT, Ranks
+from run.plot import plot_loss, read_log
+from prepare_c4 import prepare
+from run.shards import replacing
 from sample import stream
-from tokenizer import fingerprint, get_encoding
+from finetune.tokenizer import fingerprint, get_encoding
 
 # -----------------------------------------------------------------------------
 # output

@@ -24,9 +24,9 @@ import torch
 
 import train
 from configurator import configure
-from memory import GIB, memory_peak
+from run.memory import GIB, memory_peak
 from model import LLaMA
-from peers import PEERS, RATE, prepare_peer
+from bench.peers import PEERS, RATE, prepare_peer
 from qgalore import Projection, QGaLore
 
 # -----------------------------------------------------------------------------

@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.nn as nn
 
-import family
-import hf
-import plot
+from methods import family
+from finetune import hf
+from run import plot
 import train
-import welore
-from adapters import LoQT, LoRA, LowRank
-from checkpoint import load_model
+from finetune import welore
+from finetune.adapters import LoQT, LoRA, LowRank
+from run.checkpoint import load_model
 from configurator import configure
-from memory import Live, memory_plan
-from methods import METHODS, of_method, restart
+from run.memory import Live, memory_plan
+from methods.registry import METHODS, of_method, restart
 from model import LLaMA, LLaMAConfig, QLinear
-from moments import Momentum, SumInMomentum
+from methods.moments import Momentum, SumInMomentum
 from qgalore import QGaLore
 from quant import random_key, rounding_key
 from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens

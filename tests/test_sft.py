@@ -17,12 +17,12 @@ import tokenizers
 import torch
 
 import prepare_c4
-import tokenizer
-from data import Windows
+from finetune import tokenizer
+from run.data import Windows
 from prepare_c4 import open_shard, prepare, read_shard, write_shard
-from prepare_sft import conversation, encode, example, pack, prepare_sft
+from finetune.prepare_sft import conversation, encode, example, pack, prepare_sft
 from sample import stream
-from tokenizer import fingerprint, get_encoding
+from finetune.tokenizer import fingerprint, get_encoding
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEMPLATE = """{%- for message in messages %}

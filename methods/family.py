@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from moments import Momentum, Moments
+from methods.moments import Momentum, Moments
 from quant import add_bfloat16_, random_key, uniform
 
 GROWTH = 1.01  # by which a step may be longer than the one before it (Fira, APOLLO)

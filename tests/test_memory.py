@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 
-import memory
+from run import memory
 import train
 from configurator import configure
-from memory import Live, memory_plan, refuse_what_does_not_fit
-from methods import of_method
+from run.memory import Live, memory_plan, refuse_what_does_not_fit
+from methods.registry import of_method
 from test_qgalore import HERE, one_line_error, run, tokens
 
 @pytest.mark.parametrize("args", [[], ["--moments=8bit"], ["--checkpoint_activations=True", "--checkpoint_bits=8"],

@@ -14,9 +14,9 @@ Two factors take k (m + n) numbers, the matrix m n: a square one that keeps half
 import torch
 from tqdm import tqdm
 
-import hf
+from finetune import hf
 from configurator import configure
-from hf_config import read_json, settings
+from finetune.hf_config import read_json, settings
 from model import LLaMA, LLaMAConfig, QLinear
 
 model = ""  # a Hugging Face directory or repository

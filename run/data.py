@@ -8,7 +8,7 @@ import glob
 import numpy as np
 import torch
 
-from prepare_c4 import open_shard
+from run.shards import open_shard
 
 
 class Windows:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import dequantize_int8
+from kernels.quantized import dequantize_int8
 from quant import chunks, quantize_int8
 
 LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB, where 16 x 256 at once are 500

@@ -17,8 +17,8 @@ import torch
 
 import train
 from model import LLaMA
-from parallel import Ranks
-from prepare_c4 import write_shard
+from run.ranks import Ranks
+from run.shards import write_shard
 from test_qgalore import HERE, TINY_RUN, Job, one_line_error, read_log, shards, tiny, trains
 
 

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 
 os.environ.setdefault("TRITON_INTERPRET", "1" if not torch.cuda.is_available() else "0")
 
-import eval as evaluation  # a built-in has the name
-from checkpoint import save_checkpoint
+from finetune import evaluate as evaluation  # a built-in has the name
+from run.checkpoint import save_checkpoint
 from configurator import configure
-from eval import GROUP_OF, GROUPS, fit, greedy, loglikelihoods, number, read_mmlu, windows
+from finetune.evaluate import GROUP_OF, GROUPS, fit, greedy, loglikelihoods, number, read_mmlu, windows
 from model import LLaMA
-from prepare_c4 import write_shard
-from tokenizer import get_encoding
+from run.shards import write_shard
+from finetune.tokenizer import get_encoding
 
 BYTES = get_encoding("bytes")
 DEFAULTS = configure(vars(evaluation), [])

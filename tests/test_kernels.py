@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 
-import kernels
+from kernels import quantized as kernels
 import quant
 from quant import dequantize_int8, quantize_int4, quantize_int8, random_key, rounding_key, uniform
 

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import layers
-from checkpoint import load_model, paths
+from kernels import layers
+from run.checkpoint import load_model, paths
 from configurator import configure
-from memory import memory_peak
-from prepare_c4 import open_shard, replacing
-from prepare_sft import encode, prompt_and_completion, records, template
-from tokenizer import fingerprint, get_encoding, valid
+from run.memory import memory_peak
+from run.shards import open_shard, replacing
+from finetune.prepare_sft import encode, prompt_and_completion, records, template
+from finetune.tokenizer import fingerprint, get_encoding, valid
 
 # -----------------------------------------------------------------------------
 model = "out"  # a run's folder, a Hugging Face directory or a hub name

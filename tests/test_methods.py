@@ -18,11 +18,11 @@ import torch.nn as nn
 
 import quant
 import train
-from adapters import LoRA
-from checkpoint import load_model
+from finetune.adapters import LoRA
+from run.checkpoint import load_model
 from configurator import configure
 from model import QLinear, quantize_linears
-from prepare_c4 import write_shard
+from run.shards import write_shard
 from test_qgalore import HERE, TINY_RUN, one_line_error, read_log, run, shards, tokens
 
 

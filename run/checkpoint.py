@@ -11,9 +11,9 @@ import zipfile
 
 import torch
 
-import hf
+from finetune import hf
 from model import LLaMA
-from prepare_c4 import replacing
+from run.shards import replacing
 
 FORMAT = 2  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size", "tie_embedding",

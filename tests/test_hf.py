@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
-import hf
+from finetune import hf
 import quant
-from checkpoint import load_model, save_checkpoint
+from run.checkpoint import load_model, save_checkpoint
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
 
 SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,

@@ -17,13 +17,13 @@ import shutil
 import torch
 import torch.nn as nn
 
-from adapters import LowRank
+from finetune.adapters import LowRank
 from configurator import configure
-from hf_config import config_json, read_json, settings
-from kernels import dequantize_int8
-from layers import RMSNorm
+from finetune.hf_config import config_json, read_json, settings
+from kernels.quantized import dequantize_int8
+from kernels.layers import RMSNorm
 from model import LLaMA, QLinear, QMatrix
-from tokenizer import first_line
+from finetune.tokenizer import first_line
 
 out_dir = "out"  # the run whose newest checkpoint to export
 export = ""  # the directory to make
@@ -262,7 +262,7 @@ def write(path, config, tensors, like=None, check=lambda found: None):
 
 
 def main():
-    from checkpoint import load_model  # which imports this file
+    from run.checkpoint import load_model  # which imports this file
 
     configure(globals(), skip_unknown_in_files=True)
     if not export:

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import torch
 
-import hf
-from family import RULES
+from finetune import hf
+from methods.family import RULES
 from model import LLaMA, LLaMAConfig, QLinear
 from qgalore import QGaLore
 from quant import random_key

@@ -30,8 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from prepare_c4 import replacing, shard_parts
-from tokenizer import Tokenizer, fingerprint, first_line, get_encoding
+from run.shards import replacing, shard_parts
+from finetune.tokenizer import Tokenizer, fingerprint, first_line, get_encoding
 
 input = ""  # a glob of .json(l), .tsv, .csv, also .gz; several files make one data set
 out_dir = "data/sft"  # NAME_train_00000.bin and NAME_val_00000.bin go here

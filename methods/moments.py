@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from kernels import adam_int8_, add_low_rank_int8_, dequantize_int8
+from kernels.quantized import adam_int8_, add_low_rank_int8_, dequantize_int8
 from quant import CHUNK, GROUP_SIZE, add_bfloat16_, bitsandbytes, chunks, quantize_int8
 
 MIN_8BIT = 4096  # smaller tensors and vectors keep float32 moments, as in bitsandbytes
