@@ -1,57 +1,224 @@
 """
-Overrides a script's settings, its module-level names, from config files and flags, in the order given:
+The settings of a script: its defaults, then config files, then flags.
     python train.py config/llama_60m.py --batch_size=32 --learning_rate=0.01
-A config file is Python: it assigns names that the script already has, and may read the values set so far.
+    python train.py --help
+
+A setting is a name that a script assigns at its top:
+
+    batch_size: at_least(1) = 16  # sequences a micro-batch
+
+The default gives its type, the annotation the values that it may take, the comment its help.
+A config file is Python that assigns such names. It sees the values of flags, wherever these stand
+in the command line, so that it may compute one setting from another. Two functions are at hand:
+
+    include("demo.py")   # read that file here; its path counts from this file's folder
+    if_read(rank=128)    # only for methods that read this setting, where rank = 128 is for all
+
+A flag wins over a file, a later file over an earlier one.
 """
 
 import ast
 import difflib
+import math
+import os
 import sys
+from types import SimpleNamespace
 
 
-def configure(settings, argv=None, skip_unknown_in_files=False):
-    """Apply argv (default sys.argv[1:]) to `settings`, a script's globals(), in place.
+class Settings(SimpleNamespace):
+    """Settings by name. `given` {name: where} holds those that the user set, and in what."""
 
-    A setting is any public module-level int, float, bool or str; its default's type is the type it keeps.
-    skip_unknown_in_files: let a script read another script's recipe for the names they share.
-    Returns {name: value} of all settings. Exits with one line on an unknown name, a wrong type or a missing file.
+    def as_dict(self):
+        return {name: value for name, value in vars(self).items() if name != "given"}
+
+
+class Allowed:
+    """The values that a setting may take, as an annotation."""
+
+    def __init__(self, words, holds):
+        self.words, self.holds = words, holds
+
+    def __str__(self):
+        return self.words
+
+
+def one_of(*choices):
+    return Allowed("one of " + ", ".join(map(str, choices)), lambda value: value in choices)
+
+
+def at_least(low):
+    return Allowed(f"at least {low}", lambda value: value >= low)
+
+
+def above(low):
+    return Allowed(f"above {low}", lambda value: value > low)
+
+
+def between(low, high):
+    return Allowed(f"between {low} and {high}", lambda value: low <= value <= high)
+
+
+def configure(*modules, argv=None, ignore_unknown=False):
+    """The Settings of the scripts `modules`, later ones' defaults before earlier ones'.
+
+    argv: default sys.argv[1:]. ignore_unknown: a config file may also assign names that these
+    scripts do not have, as when sample.py reads a recipe of train.py. Exits with one line on a name
+    that is unknown, a value of a wrong type or range, or a file that cannot be read.
     """
-    config = {k: v for k, v in settings.items() if not k.startswith("_") and isinstance(v, (int, float, str))}
-    for arg in sys.argv[1:] if argv is None else argv:
+    declared = {}
+    for module in modules:
+        declared.update(declarations(module))
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print_help(modules[-1], declared)
+        raise SystemExit(0)
+
+    defaults = {name: setting.default for name, setting in declared.items()}
+    flags = {}
+    given = {}
+    for arg in argv:
         if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")
+            name, equals, text = arg[2:].partition("=")
             if not equals:
                 raise SystemExit(f"error: {arg}: write it as --key=value")
-            default = config[_known(key, config, arg)]
-            config[key] = _typed(key, _literal(text, default), default, arg)
-        else:
-            names = dict(config)
-            try:
-                with open(arg) as f:
-                    exec(compile(f.read(), arg, "exec"), names)
-            except OSError as e:
-                raise SystemExit(f"error: config file {arg}: {e.strerror}")
-            except SyntaxError as e:
-                raise SystemExit(f"error: config file {arg}, line {e.lineno}: {e.msg}")
-            for key, value in names.items():
-                if key.startswith("_") or not isinstance(value, (int, float, str, type(None), list, tuple, dict)):
-                    continue  # imports and functions that the file uses
-                if key not in config and skip_unknown_in_files:
-                    continue
-                default = config[_known(key, config, arg)]
-                config[key] = _typed(key, value, default, arg)
-    settings.update(config)
-    return config
+            _check_name(name, declared, arg)
+            flags[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
+            given[name] = arg
+
+    names = _Names(defaults | flags, pinned=flags)
+    for path in argv:
+        if not path.startswith("--"):
+            _read(path, names)
+    values = dict(flags)
+    for name, (value, where) in names.assigned.items():
+        if ignore_unknown and name not in declared:
+            continue
+        _check_name(name, declared, where)
+        values[name] = _typed(name, value, defaults[name], where)
+        if name not in names.soft:
+            given[name] = where
+    for name, value in values.items():
+        allowed = declared[name].allowed
+        if allowed is not None and not allowed.holds(value):
+            where = given.get(name, "config file")
+            raise SystemExit(f"error: {where}: {name} must be {allowed}, not {value!r}")
+    return Settings(**(defaults | values), given=given)
 
 
-def _known(key, config, where):
-    if key in config:
-        return key
-    near = difflib.get_close_matches(key, config, n=1)
-    raise SystemExit(f"error: {where}: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+def declarations(module):
+    """{name: its default, allowed values, help and section} of a script's settings.
+
+    A setting is a plain lower-case name that the script's own source assigns a number, a truth
+    value or a text, before its first function."""
+    with open(module.__file__, encoding="utf-8") as f:
+        source = f.read()
+    lines = source.splitlines()
+    annotations = getattr(module, "__annotations__", {})
+    found = {}
+    last_line = 0
+    section = ""
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            break
+        name = _assigned_name(node)
+        if name is None or not isinstance(getattr(module, name), (int, float, str)):
+            continue
+        for line in lines[last_line : node.lineno - 1]:
+            if line.startswith("# ") and not line.startswith("# ---"):
+                section = line[2:]
+        last_line = node.end_lineno
+        comment = lines[last_line - 1][node.end_col_offset :].partition("#")[2].strip()
+        found[name] = SimpleNamespace(
+            default=getattr(module, name), allowed=annotations.get(name), help=comment, section=section
+        )
+    return found
+
+
+def _assigned_name(node):
+    """The name of a setting that a statement assigns, or None."""
+    if isinstance(node, ast.AnnAssign):
+        target = node.target
+    elif isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target = node.targets[0]
+    else:
+        return None
+    if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith("_"):
+        return target.id
+    return None
+
+
+def print_help(module, declared):
+    """The script's own words, then its settings with their defaults, by section."""
+    print((module.__doc__ or "").strip())
+    section = None
+    for name, setting in declared.items():
+        if setting.section != section:
+            section = setting.section
+            print(f"\n{section}:")
+        words = setting.help
+        if setting.allowed is not None:
+            words += f" ({setting.allowed})" if words else str(setting.allowed)
+        default = f"--{name}={setting.default}"
+        print(f"  {default:38s} {words}".rstrip())
+
+
+class _Names(dict):
+    """What a config file sees, and what it assigns; a name that a flag sets keeps its value.
+
+    assigned: {name: (value, path of the file)}. soft: names that if_read gave last."""
+
+    def __init__(self, names, pinned):
+        super().__init__(names)
+        self.pinned = pinned
+        self.assigned = {}
+        self.soft = set()
+        self.path = ""
+
+    def __setitem__(self, name, value):
+        if name in self.pinned:
+            return
+        super().__setitem__(name, value)
+        simple = isinstance(value, (int, float, str, type(None), list, tuple, dict))
+        if simple and not name.startswith("_"):  # others are imports and functions that a file uses
+            self.assigned[name] = (value, self.path)
+            self.soft.discard(name)
+
+    def if_read(self, **values):
+        for name, value in values.items():
+            self[name] = value
+            self.soft.add(name)
+
+
+def _read(path, names):
+    """Execute a config file, and those that it includes, on `names`."""
+    outside = names.path
+    names.path = path
+    names["if_read"] = names.if_read
+    names["include"] = lambda name: _read(os.path.join(os.path.dirname(path), name), names)
+    try:
+        with open(path, encoding="utf-8") as f:
+            exec(compile(f.read(), path, "exec"), names)
+    except OSError as e:
+        raise SystemExit(f"error: config file {path}: {e.strerror}")
+    except SyntaxError as e:
+        raise SystemExit(f"error: config file {path}, line {e.lineno}: {e.msg}")
+    except Exception as e:  # whatever a user's program may raise
+        raise SystemExit(f"error: config file {path}: {type(e).__name__}: {e}")
+    names.path = outside
+    if outside:  # the including file goes on
+        names["include"] = lambda name: _read(os.path.join(os.path.dirname(outside), name), names)
+
+
+def _check_name(name, known, where):
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise SystemExit(f"error: {where}: there is no setting {name!r}{hint}")
 
 
 def _literal(text, default):
+    """A flag's text as Python reads it, or as it is where a text is wanted."""
     if isinstance(default, str):
         return text
     try:
@@ -60,12 +227,15 @@ def _literal(text, default):
         return text
 
 
-def _typed(key, value, default, where):
+def _typed(name, value, default, where):
+    """`value` as the type of `default`; 1e6 is a whole number, 1 a float."""
     kind = type(default)
     if kind is float and type(value) is int:
-        return float(value)
-    if kind is int and type(value) is float and value.is_integer():  # 1e6
+        value = float(value)
+    if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(value) is not kind:
-        raise SystemExit(f"error: {where}: {key} must be {kind.__name__}, like {default!r}; found {value!r}")
+    if type(value) is not kind or kind is float and not math.isfinite(value):
+        raise SystemExit(
+            f"error: {where}: {name} must be {kind.__name__}, like {default!r}; found {value!r}"
+        )
     return value

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from run.shards import LAYOUTS, open_shard, read_shard, replacing, shard_header, write_shard
-from finetune.tokenizer import fingerprint, first_line, get_encoding, valid
+from run.encodings import fingerprint, first_line, get_encoding, valid
 
 input = ""  # '': C4; a glob of local files (.json .jsonl .txt, also .gz); docs: English from this Python's libraries
 out_dir = "data/c4"  # *_train_*.bin and *_val_*.bin go here

@@ -8,7 +8,7 @@ import torch
 
 from run.checkpoint import load_model
 from configurator import configure
-from finetune.tokenizer import get_encoding
+from run.encodings import get_encoding
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # whose ckpt.pt to read; or a Hugging Face directory or repository

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from run.checkpoint import check_same_model, load_checkpoint, paths, save_checkpoint
 from configurator import configure
 from run.data import Windows
-from run.memory import GIB, memory_free, memory_peak, memory_plan, print_plan, refuse_what_does_not_fit
+from run.device import GIB, PEAK_FLOPS, memory_free, memory_peak
+from run.memory import memory_plan, print_plan, refuse_what_does_not_fit
 from methods.registry import build, of_method, of_model, restart
 from methods.moments import ACCUMULATION, AT_REFRESH, MOMENTS
 from run.ranks import IN_FLIGHT, Ranks
@@ -33,7 +34,7 @@ from run.plot import plot_loss, read_log
 from prepare_c4 import prepare
 from run.shards import replacing
 from sample import stream
-from finetune.tokenizer import fingerprint, get_encoding
+from run.encodings import fingerprint, get_encoding
 
 # -----------------------------------------------------------------------------
 # output

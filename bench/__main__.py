@@ -24,7 +24,7 @@ import torch
 
 import train
 from configurator import configure
-from run.memory import GIB, memory_peak
+from run.device import GIB, memory_peak
 from model import LLaMA
 from bench.peers import PEERS, RATE, prepare_peer
 from qgalore import Projection, QGaLore

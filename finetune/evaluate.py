@@ -26,10 +26,10 @@ from tqdm import tqdm
 from kernels import layers
 from run.checkpoint import load_model, paths
 from configurator import configure
-from run.memory import memory_peak
+from run.device import memory_peak
 from run.shards import open_shard, replacing
 from finetune.prepare_sft import encode, prompt_and_completion, records, template
-from finetune.tokenizer import fingerprint, get_encoding, valid
+from run.encodings import fingerprint, get_encoding, valid
 
 # -----------------------------------------------------------------------------
 model = "out"  # a run's folder, a Hugging Face directory or a hub name

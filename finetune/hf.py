@@ -23,7 +23,7 @@ from finetune.hf_config import config_json, read_json, settings
 from kernels.quantized import dequantize_int8
 from kernels.layers import RMSNorm
 from model import LLaMA, QLinear, QMatrix
-from finetune.tokenizer import first_line
+from run.encodings import first_line
 
 out_dir = "out"  # the run whose newest checkpoint to export
 export = ""  # the directory to make

@@ -9,7 +9,7 @@ import json
 import os
 
 from model import LLaMAConfig
-from finetune.tokenizer import first_line
+from run.encodings import first_line
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "GemmaForCausalLM": "gemma",
                  "Gemma2ForCausalLM": "gemma2", "Qwen2ForCausalLM": "qwen2"}

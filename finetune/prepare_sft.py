@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from configurator import configure
 from run.shards import replacing, shard_parts
-from finetune.tokenizer import Tokenizer, fingerprint, first_line, get_encoding
+from finetune.tokenizer import Tokenizer
+from run.encodings import fingerprint, first_line, get_encoding
 
 input = ""  # a glob of .json(l), .tsv, .csv, also .gz; several files make one data set
 out_dir = "data/sft"  # NAME_train_00000.bin and NAME_val_00000.bin go here

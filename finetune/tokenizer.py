@@ -21,6 +21,8 @@ import zlib
 
 import tiktoken
 
+from run.encodings import first_line, valid
+
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -30,20 +32,11 @@ FILES = ["tokenizer*.json", "tokenizer.model", "chat_template.jinja", "config.js
 
 
 @functools.lru_cache
-def get_encoding(name):
-    """The encoding of that name: a tiktoken.Encoding or a checkpoint's Tokenizer.
+def get_tokenizer(name):
+    """The encoding of a path or hub repository: a Tokenizer, or of a rank file a tiktoken.Encoding.
 
-    name: one of tiktoken's, 'bytes' (n_vocab 257), a file of "base64-token rank", a checkpoint's folder, its
-    tokenizer.json or *.model, or "organisation/name" on the hub. Exits with one line if there is no such encoding.
-    """
-    if name == "bytes":
-        ranks = {bytes([b]): b for b in range(256)}
-        return tiktoken.Encoding(name, pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
-    if name in tiktoken.list_encoding_names():
-        try:
-            return tiktoken.get_encoding(name)
-        except Exception as e:  # whatever its HTTP client raises
-            raise SystemExit(f"error: encoding {name}: vocabulary not fetched ({first_line(e)}); try --encoding=bytes")
+    name: a file of "base64-token rank", a checkpoint's folder, its tokenizer.json or *.model, or
+    "organisation/name" on the hub. Exits with one line if there is no such encoding."""
     path = name if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) else _fetch(name)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if folder == path:
@@ -57,23 +50,6 @@ def get_encoding(name):
         return Tokenizer(name, folder, *_sentencepiece_tokenizer(path, folder))
     encoding = _rank_file(path)
     return encoding if path == name else Tokenizer(name, folder, *_rank_tokenizer(encoding, folder))
-
-
-@functools.lru_cache
-def fingerprint(encoding):
-    """A number in 1 ... 2^31 - 1 that tells vocabularies apart: the CRC-32 of all tokens with their ids."""
-    tokens = encoding.vocabulary if isinstance(encoding, Tokenizer) else _tiktoken_vocabulary(encoding)
-    pairs = sorted((i, token.encode() if isinstance(token, str) else token) for token, i in tokens.items())
-    return zlib.crc32(b"".join(b"%d %d %s\n" % (i, len(token), token) for i, token in pairs)) & 0x7FFFFFFF or 1
-
-
-def valid(text):
-    """`text` as UTF-8 can spell it: JSON may hold half a surrogate pair, which becomes a question mark."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def first_line(e):
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 class Tokenizer:
@@ -268,14 +244,6 @@ def _rank_tokenizer(encoding, folder):
         return whole.encode(text, allowed_special="all") if special else whole.encode_ordinary(text)
 
     return ranks | special, set(special), encode, whole.decode, first, first + 1, True, True
-
-
-def _tiktoken_vocabulary(encoding):
-    vocabulary = {}
-    for i in range(encoding.n_vocab):
-        with contextlib.suppress(KeyError):  # cl100k_base leaves ids out
-            vocabulary[encoding.decode_single_token_bytes(i)] = i
-    return vocabulary
 
 
 # -----------------------------------------------------------------------------

@@ -8,7 +8,6 @@ Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.5 GiB) an
 """
 
 import math
-import sys
 import weakref
 from contextlib import nullcontext
 
@@ -18,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quant import bitsandbytes
+from run.device import GIB
 
-GIB = 2**30
 FEW, MORE = 2, 4  # blocks of the two models that are planned for a deep one
 
 
@@ -136,25 +135,3 @@ def refuse_what_does_not_fit(plan, free, device):
         raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "
                          f"of which {largest} {plan[largest] / GIB:.2f}: lower {lower} "
                          f"(--dry_run=True lists all)")
-
-
-def memory_free(device):
-    """Bytes free on "cuda" or "cpu"; None where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except OSError:
-        return None
-
-
-def memory_peak(device):
-    """Peak GiB so far: allocated by torch on "cuda", resident on "cpu"; 0.0 where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB

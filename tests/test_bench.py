@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from bench.__main__ import study
-from test_qgalore import HERE
+from tests.common import HERE
 
 TINY_BENCH = """--n_layer=1 --n_embd=64 --n_head=2 --ffn_dim=128 --vocab_size=128 --batch_size=2 --block_size=32
                 --rank=16 --steps=2 --warmup=1 --phase_steps=1 --threads=1 --device=cpu""".split()

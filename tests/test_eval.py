@@ -22,7 +22,7 @@ from configurator import configure
 from finetune.evaluate import GROUP_OF, GROUPS, fit, greedy, loglikelihoods, number, read_mmlu, windows
 from model import LLaMA
 from run.shards import write_shard
-from finetune.tokenizer import get_encoding
+from run.encodings import get_encoding
 
 BYTES = get_encoding("bytes")
 DEFAULTS = configure(vars(evaluation), [])

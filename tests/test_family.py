@@ -23,7 +23,7 @@ from model import LLaMA, LLaMAConfig, QLinear
 from methods.moments import Momentum, SumInMomentum
 from qgalore import QGaLore
 from quant import random_key, rounding_key
-from test_qgalore import TINY_RUN, one_line_error, read_log, run, shards, tokens
+from tests.common import TINY_RUN, one_line_error, read_log, run, tokens
 
 SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
 

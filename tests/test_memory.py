@@ -13,7 +13,7 @@ import train
 from configurator import configure
 from run.memory import Live, memory_plan, refuse_what_does_not_fit
 from methods.registry import of_method
-from test_qgalore import HERE, one_line_error, run, tokens
+from tests.common import HERE, one_line_error, run, tokens
 
 @pytest.mark.parametrize("args", [[], ["--moments=8bit"], ["--checkpoint_activations=True", "--checkpoint_bits=8"],
                                   ["--gradient_accumulation_steps=2"], ["--method=adam8bit"], ["--method=adamw"],

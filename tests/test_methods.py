@@ -23,7 +23,7 @@ from run.checkpoint import load_model
 from configurator import configure
 from model import QLinear, quantize_linears
 from run.shards import write_shard
-from test_qgalore import HERE, TINY_RUN, one_line_error, read_log, run, shards, tokens
+from tests.common import HERE, TINY_RUN, one_line_error, read_log, run, tokens
 
 
 def test_a_qlinear_with_a_bias_is_torchs_linear_and_its_bias_trains():

@@ -19,7 +19,7 @@ import train
 from model import LLaMA
 from run.ranks import Ranks
 from run.shards import write_shard
-from test_qgalore import HERE, TINY_RUN, Job, one_line_error, read_log, shards, tiny, trains
+from tests.common import HERE, TINY_RUN, Job, one_line_error, read_log, tiny, trains
 
 
 def test_ranks_make_the_steps_of_one_process_and_a_resume_may_change_their_number(tmp_path):

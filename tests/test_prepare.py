@@ -22,7 +22,7 @@ import pytest
 
 import prepare_c4
 from prepare_c4 import get_encoding, prepare, read_shard, write_shard
-from test_qgalore import HERE
+from tests.common import HERE
 
 EOT = 256  # of encoding=bytes
 

@@ -22,7 +22,7 @@ from run.data import Windows
 from prepare_c4 import open_shard, prepare, read_shard, write_shard
 from finetune.prepare_sft import conversation, encode, example, pack, prepare_sft
 from sample import stream
-from finetune.tokenizer import fingerprint, get_encoding
+from run.encodings import fingerprint, get_encoding
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEMPLATE = """{%- for message in messages %}
