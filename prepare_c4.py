@@ -52,9 +52,9 @@ workers: at_least(0) = 0  # processes that tokenise; 0: one a core
 # -----------------------------------------------------------------------------
 
 BLOCK = 1 << 20  # bytes of text that a worker gets at a time, about 50 ms of work
-SMALL = 16e6  # bytes of input that are done before processes would have started
+SMALL = 16e6  # bytes of input for which it does not pay to start processes
 
-# from a file to the paths of its shards; val_shard is None where all of it is for one of the two
+# a file, and the paths of the shards to make of it; val_shard is None where there is but one
 Job = collections.namedtuple("Job", "source shard val_shard")
 
 
@@ -72,20 +72,24 @@ def prepare(
         jobs = jobs_of_files(input, out_dir, val_fraction)
     else:
         jobs = jobs_of_c4(out_dir, shards)
-    total = collections.Counter()
+    total = collections.Counter()  # what convert returns, of all files
     try:
+        # an earlier command may have made some of them
         os.makedirs(out_dir, exist_ok=True)
         jobs = [job for job in jobs if not finished(job, enc)]
+
+        # one file after the other; the workers share the blocks of each
         workers = workers or os.cpu_count()
         if not worth_processes(input, jobs):
             workers = 1
         with map_in_processes(workers) as map_blocks:
             for job in jobs:
-                if not input:
+                if not input:  # fetched when its turn comes
                     job = job._replace(source=fetch(job.source))
                 total.update(convert(job, encoding, val_fraction, map_blocks))
     except OSError as e:
         raise SystemExit(f"error: {e.filename or out_dir}: {e.strerror or e}")
+
     if total["skipped"]:
         print(f'skipped {total["skipped"]} lines that are not JSON objects with a string "text"')
     if jobs:
@@ -101,9 +105,10 @@ def prepare(
 
 
 def jobs_of_c4(out_dir, shards):
-    """C4's first file of validation, which is small, then its first training files."""
-    validation = "en/c4-validation.00000-of-00008.json.gz"
-    jobs = [Job(validation, os.path.join(out_dir, "c4_val_00000.bin"), None)]
+    """The first of C4's files for validation, and `shards` of those for training."""
+    # validation first: it is small, and no run starts without it
+    val_shard = os.path.join(out_dir, "c4_val_00000.bin")
+    jobs = [Job("en/c4-validation.00000-of-00008.json.gz", val_shard, None)]
     for i in range(shards):
         shard = os.path.join(out_dir, f"c4_train_{i:05d}.bin")
         jobs.append(Job(f"en/c4-train.{i:05d}-of-01024.json.gz", shard, None))
@@ -111,7 +116,9 @@ def jobs_of_c4(out_dir, shards):
 
 
 def jobs_of_files(input, out_dir, val_fraction):
-    """Each local file, or "docs", into its training part and its validation part."""
+    """Each local file, or "docs", with a shard for training and one for validation.
+
+    Without the latter where val_fraction is 0."""
     if not 0 <= val_fraction < 1:
         raise SystemExit(f"error: val_fraction={val_fraction}: must be at least 0 and less than 1")
     sources = ["docs"]
@@ -121,11 +128,12 @@ def jobs_of_files(input, out_dir, val_fraction):
     seen = collections.Counter()  # several folders may have a file of one name
     for source in sources:
         stem = stem_of(source)
-        shard = f"{stem}_train_{seen[stem]:05d}.bin"
-        val_shard = f"{stem}_val_{seen[stem]:05d}.bin"
+        number = seen[stem]
         seen[stem] += 1
-        shard = os.path.join(out_dir, shard)
-        val_shard = os.path.join(out_dir, val_shard) if val_fraction else None
+        shard = os.path.join(out_dir, f"{stem}_train_{number:05d}.bin")
+        val_shard = None
+        if val_fraction > 0:
+            val_shard = os.path.join(out_dir, f"{stem}_val_{number:05d}.bin")
         jobs.append(Job(source, shard, val_shard))
     if not jobs:
         raise SystemExit(f"error: input={input}: no such file")
@@ -141,13 +149,14 @@ def stem_of(source):
         raise SystemExit(
             f"error: {source}: expected .json, .jsonl or .txt, or one of these with .gz"
         )
-    # the training shard of x_val.txt would match *_val_*.bin, too
+    # no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too
     return match[1].replace("_", "-")
 
 
 def finished(job, enc):
-    """Whether a job's shards are there already; says so for each that is."""
-    there = [is_finished_shard(path, enc) for path in job[1:] if path]
+    """Whether a job's shards are all there already; says so for each that is."""
+    paths = filter(None, (job.shard, job.val_shard))
+    there = [is_finished_shard(path, enc) for path in paths]  # a list: all of them are looked at
     return all(there)
 
 
@@ -215,8 +224,10 @@ def write_tokens(f, job, encoding, map_blocks):
     made = collections.Counter()
     with open_source(source) as raw, progress_bar(job) as bar:
         start = time.time()
-        size = raw.seek(0, os.SEEK_END)
+        size = raw.seek(0, os.SEEK_END)  # bytes
         raw.seek(0)
+
+        # the text in blocks, and what makes tokens of one
         stream = gzip.open(raw) if source.endswith(".gz") else raw
         if is_text:
             tokenize = functools.partial(tokenize_text, encoding)
@@ -224,6 +235,8 @@ def write_tokens(f, job, encoding, map_blocks):
         else:
             tokenize = functools.partial(tokenize_lines, encoding)
             blocks = line_blocks(stream)
+
+        # the tokens come in the order of the file, whichever worker is ready first
         try:
             for tokens, documents, skipped in map_blocks(tokenize, blocks):
                 f.write(tokens)
@@ -239,16 +252,7 @@ def write_tokens(f, job, encoding, map_blocks):
         except ValueError as e:  # tiktoken gives up on a million spaces
             raise SystemExit(f"error: {source}: {first_line(e)}")
 
-    if made["tokens"] == 0:
-        why = "no text: leave it out"
-    elif made["tokens"] >= 2**31:
-        why = "more than 2**31 - 1 tokens: split it"
-    else:
-        why = ""
-    if why:
-        bad = f'{made["skipped"]} lines are not JSON with a string "text"'
-        raise SystemExit(f"error: {source}: {why} ({bad})")
-
+    check_count(source, made)
     if is_text:  # a .txt is one document, which came in pieces
         f.write(np.array([enc.eot_token], token_dtype(enc.n_vocab)))
         made["tokens"] += 1
@@ -256,7 +260,20 @@ def write_tokens(f, job, encoding, map_blocks):
     return made
 
 
+def check_count(source, made):
+    """Exit with one line if a source has more tokens than a header can count, or none."""
+    if made["tokens"] == 0:
+        why = "no text: leave it out"
+    elif made["tokens"] >= 2**31:
+        why = "more than 2**31 - 1 tokens: split it"
+    else:
+        return
+    bad = f'{made["skipped"]} lines are not JSON with a string "text"'
+    raise SystemExit(f"error: {source}: {why} ({bad})")
+
+
 def open_source(source):
+    """A local file, or the documentation as if it were one."""
     if source == "docs":
         return io.BytesIO(docs_corpus())
     return open(source, "rb")
@@ -274,8 +291,8 @@ def move_to_validation(f, job, count, val_fraction, enc):
             f"error: {job.source}: {count} tokens are too few to split; set --val_fraction=0"
         )
     dtype = token_dtype(enc.n_vocab)
-    end = HEADER_BYTES + (count - moved) * dtype.itemsize
-    f.flush()
+    end = HEADER_BYTES + (count - moved) * dtype.itemsize  # of what stays
+    f.flush()  # it is read back, by its name
     tokens = np.fromfile(f.name, dtype, offset=end)
     write_shard(job.val_shard, tokens, enc.n_vocab, fingerprint=fingerprint(enc))
     f.truncate(end)
@@ -295,17 +312,18 @@ def line_blocks(stream):
 def text_blocks(stream, cuts_at_spaces):
     """Cut plain text into blocks of about BLOCK bytes, each where no token can span the cut.
 
-    That is between a letter and a space, or after a lone newline, and true of the split patterns
-    of GPT-2, cl100k and LLaMA-3. sentencepiece marks the start of each text that it gets:
-    there cuts_at_spaces is False, and the text stays whole."""
+    That is between a letter and a space, or after a lone newline: true of the split patterns of
+    GPT-2, cl100k and LLaMA-3. It is not true where a tokenizer marks the start of each text that
+    it gets, as sentencepiece does: cuts_at_spaces is False, and the text stays whole."""
     if not cuts_at_spaces:
         yield stream.read()
         return
     rest = b""
     while block := stream.read(BLOCK):
         block = rest + block
-        last_cut = re.match(rb"(?s).*(?:[A-Za-z](?=\s)|\S\n(?=\S))", block)  # .* is greedy
-        end = last_cut.end() if last_cut else 0
+        # .* is greedy: the last such place; without one the block waits for more text
+        last = re.match(rb"(?s).*(?:[A-Za-z](?=\s)|\S\n(?=\S))", block)
+        end = last.end() if last else 0
         yield block[:end]
         rest = block[end:]
     yield rest
@@ -321,7 +339,7 @@ def tokenize_lines(encoding, block):
     enc = get_encoding(encoding)
     dtype = token_dtype(enc.n_vocab)
     eot = np.array([enc.eot_token], dtype)
-    pieces = [np.array([], dtype)]  # so that they can be joined if there are no others
+    pieces = [np.array([], dtype)]  # so that there is one to join
     documents = 0
     skipped = 0
     for line in block.split(b"\n"):
@@ -331,12 +349,12 @@ def tokenize_lines(encoding, block):
             pieces += encode(enc, json.loads(line)["text"]), eot
             documents += 1
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            skipped += 1
+            skipped += 1  # not JSON, no object, or no string in its "text"
     return np.concatenate(pieces).astype(dtype), documents, skipped
 
 
 def tokenize_text(encoding, block):
-    """The same of a piece of one document, which is counted as none."""
+    """The same of a block of a .txt: a piece of a document, which counts as none."""
     enc = get_encoding(encoding)
     tokens = encode(enc, block.decode("utf-8", "replace"))
     return tokens.astype(token_dtype(enc.n_vocab)), 0, 0
@@ -346,9 +364,9 @@ def encode(enc, text):
     """The tokens of a text, (n,) of any integer type; nothing in it is special."""
     text = valid(text)
     if enc.name == "bytes":
-        return np.frombuffer(text.encode(), np.uint8)  # what tiktoken gives, at once
+        return np.frombuffer(text.encode(), np.uint8)  # the tokens that tiktoken gives, at once
     if isinstance(enc, tiktoken.Encoding):
-        # spares encode_ordinary's list of Python integers
+        # encode_ordinary would make a list of Python integers first
         return enc.encode_to_numpy(text, disallowed_special=())
     return np.array(enc.encode_ordinary(text), np.uint32)
 
@@ -358,7 +376,7 @@ def encode(enc, text):
 
 
 def worth_processes(input, jobs):
-    """Whether there is more to do than SMALL."""
+    """Whether there is so much to do that processes are worth their start."""
     if not jobs or input == "docs":
         return False
     if not input:
@@ -379,14 +397,14 @@ def map_in_processes(workers):
     with ProcessPoolExecutor(workers, context, die_with_parent) as pool:
         # workers inherit the mask: Ctrl-C is for the parent alone
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        pool.submit(int).result()  # forks them
+        pool.submit(int).result()  # a first piece of work, any: it forks them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield functools.partial(map_ahead, pool, 2 * workers)
 
 
 def map_ahead(pool, ahead, function, items):
-    """map() in a pool, in order, with at most `ahead` items in hand; pool.map would read them all
-    first."""
+    """map() in a pool, in order. It has at most `ahead` items in hand, so that memory stays small:
+    pool.map would read all of them first."""
     futures = collections.deque()
     for item in items:
         futures.append(pool.submit(function, item))

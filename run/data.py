@@ -88,9 +88,12 @@ class Windows:
         flags = np.stack([flags for _, flags in windows])
         flags = torch.from_numpy(flags.astype(np.int64))  # (n, block_size + 1)
         is_target = flags[:, 1:] & IN_LOSS > 0  # (n, block_size), of y
-        y = y.masked_fill(~is_target, -1)  # not in place: of one row, x and y are views of one tensor
+        # not in place: of one row, x and y are views of the same tokens
+        y = y.masked_fill(~is_target, -1)
         starts = flags & STARTS > 0
         documents = starts.cumsum(1)[:, :-1]  # (n, block_size), of x
+
+        # cut what lies after the last target of all rows
         T = 1
         if is_target.any():
             T = int(is_target.any(0).nonzero().max()) + 1
@@ -103,8 +106,8 @@ class Windows:
         if epoch != self.epoch:
             self.epoch = epoch
             self.shard = None
-            self.order = self._permutation(len(self.paths), epoch)
-            self.ends = np.cumsum([self.sizes[shard] for shard in self.order])
+            self.order = self._permutation(len(self.paths), epoch)  # indices into `paths`
+            self.ends = np.cumsum([self.sizes[shard] for shard in self.order])  # in that order
 
         # the shard that holds window `at` of this epoch
         place = int(np.searchsorted(self.ends, at, side="right"))
@@ -132,6 +135,7 @@ class Windows:
         self.shard = shard
         self.tokens = opened.tokens
         self.flags = opened.flags
+        # shard + 1: the key (epoch,) alone is that of the order of shards
         self.windows = self._permutation(self.sizes[shard], self.epoch, shard + 1)
 
     def _permutation(self, n, *key):

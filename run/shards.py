@@ -59,6 +59,7 @@ def open_shard(path):
         )
     magic, version, count, n_vocab, row, fingerprint = header[:6].tolist()
 
+    # another kind of file has another magic, another byte order too
     layout_version, dtype = LAYOUTS.get(magic, (None, None))
     if version != layout_version:
         known = " or ".join(f"{m} version {v}" for m, (v, _) in LAYOUTS.items())
@@ -105,8 +106,8 @@ def write_shard(path, tokens, n_vocab, flags=None, row=0, fingerprint=0):
 def shard_parts(tokens, n_vocab, flags=None, row=0, fingerprint=0):
     """The three arrays of a shard in the order of the file; arguments as in write_shard."""
     header = shard_header(len(tokens), n_vocab, row, fingerprint)
-    tokens = np.ascontiguousarray(tokens, token_dtype(n_vocab))
-    flags = np.ascontiguousarray([] if flags is None else flags, np.uint8)
+    tokens = np.ascontiguousarray(tokens, token_dtype(n_vocab))  # (count,)
+    flags = np.ascontiguousarray([] if flags is None else flags, np.uint8)  # (count,) or (0,)
     return header, tokens, flags
 
 
@@ -115,7 +116,7 @@ def shard_header(count, n_vocab, row=0, fingerprint=0):
     magic = magic_of(n_vocab)
     version, _ = LAYOUTS[magic]
     header = np.zeros(256, "<i4")
-    header[:6] = magic, version, count, n_vocab, row, fingerprint
+    header[:6] = magic, version, count, n_vocab, row, fingerprint  # llm.c reads the first three
     return header
 
 
@@ -126,6 +127,7 @@ def token_dtype(n_vocab):
 
 
 def magic_of(n_vocab):
+    """The layout for a vocabulary, as a key of LAYOUTS."""
     return 20240801 if n_vocab > 65535 else 20240520
 
 
