@@ -59,7 +59,7 @@ def open_shard(path):
         )
     magic, version, count, n_vocab, row, fingerprint = header[:6].tolist()
 
-    # another kind of file has another magic, another byte order too
+    # a file of another kind, or of another byte order, has another magic
     layout_version, dtype = LAYOUTS.get(magic, (None, None))
     if version != layout_version:
         known = " or ".join(f"{m} version {v}" for m, (v, _) in LAYOUTS.items())
