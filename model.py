@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.attention import attend, attention_mask, last, rope
-from kernels.lean import geglu, head_logits, head_loss, rms_norm, swiglu
+from kernels.attention import Rotate, attend, attention_mask, last, rope
+from kernels.lean import Checkpoint, geglu, head_logits, head_loss, rms_norm, swiglu
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
                    matmul_int8, matmul_transposed_int8, quantize_int8, quantize_nf4)
 
@@ -248,14 +248,6 @@ class GLU(nn.Module):
         return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up)
 
 
-class Rotate(nn.Module):
-    """RoPE on x (..., T, hs), the two halves of a head as a pair's coordinates, as Hugging Face."""
-
-    def forward(self, x, cos, sin):
-        a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-
 # -----------------------------------------------------------------------------
 # the model
 
@@ -360,33 +352,6 @@ class Block(nn.Module):
         x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, mask, cache))
         x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
         return x
-
-
-class Checkpoint(torch.autograd.Function):
-    """A block of which only the input is kept: backward makes the rest again.
-
-    bits 8 keeps the input in INT8: 0.5 in place of 1 GiB at 7B with 16 x 256 tokens."""
-
-    @staticmethod
-    def forward(ctx, x, block, bits, *args):
-        ctx.block, ctx.args = block, args
-        ctx.shape, ctx.dtype, ctx.bits = x.shape, x.dtype, bits
-        kept = quantize_int8(x.flatten(0, -2)) if bits == 8 else (x,)
-        ctx.save_for_backward(*kept)
-        return block(x, *args)
-
-    @staticmethod
-    def backward(ctx, dy):
-        kept = ctx.saved_tensors
-        if ctx.bits == 8:
-            x = dequantize_int8(*kept, dtype=ctx.dtype).view(ctx.shape)
-        else:
-            x = kept[0].detach()
-        x.requires_grad_()
-        with torch.enable_grad():
-            y = ctx.block(x, *ctx.args)
-        torch.autograd.backward(y, dy)  # steps the block's weights
-        return x.grad, *[None] * (2 + len(ctx.args))
 
 
 class LLaMA(nn.Module):

@@ -26,10 +26,13 @@ import math
 from collections import deque
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from kernels.moments import ACCUMULATION, MOMENTS, Moments, Sum
-from kernels.subspace import range_finder, similarity, singular_vectors
+from kernels.subspace import Arriving, range_finder, similarity, singular_vectors
 from model import QLinear
+from run.device import one_device
+from run.ranks import Ranks
 from quant import (CHUNK, add_bfloat16_, chunks, decode, encode, random_key, rounding_key,
                    uniform)
 
@@ -174,25 +177,6 @@ class Projection:
         self.arriving = None
 
 
-class Arriving:
-    """A number on its way from the device.
-
-    Who asks a step later waits for that copy, not for the queue of work behind it, as .item()."""
-
-    def __init__(self, tensor):
-        self.host = tensor
-        self.event = None
-        if tensor.is_cuda:
-            self.host = torch.empty((), pin_memory=True).copy_(tensor, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def value(self):
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host.item()
-
-
 # -----------------------------------------------------------------------------
 # the tensors that are trained
 
@@ -209,7 +193,7 @@ class Trained:
         self.place = place  # of its norm in optimizer.norms
         self.step = -1  # the number of the step under way
         self.ended = True  # no part of its gradient is to come
-        self.waiting = None  # the whole gradient, packed, until step()
+        self.waiting = None  # until step(): gives the whole gradient
 
     def begin(self):
         """Called by every part of a gradient: the first begins a step."""
@@ -233,23 +217,19 @@ class Trained:
         o.norms[self.place] = norm.where(finite, 0)
         gradient.masked_fill_(~finite, 0)
         if o.grad_clip and (o.accumulated or o.ranks.size > 1):
-            self.waiting = self.pack(gradient)
+            self.waiting = self.keep(gradient)
         else:
             self.move(o.clip_(gradient))
 
     def resume(self):
         """At step(): move by the gradient that waits."""
         if self.waiting is not None:
-            gradient = self.unpack(self.waiting)
-            self.move(self.optimizer.clip_(gradient))
+            self.move(self.optimizer.clip_(self.waiting()))
             self.waiting = None
 
-    def pack(self, gradient):
-        """What keeps a gradient until step(): itself."""
-        return gradient
-
-    def unpack(self, packed):
-        return packed
+    def keep(self, gradient):
+        """A function that gives the gradient back at step()."""
+        return lambda: gradient
 
     def drop(self):
         """Forget the parts of a step that has not moved the weight."""
@@ -296,12 +276,12 @@ class ProjectedWeight(Trained):
         if self.projection.basis is not None:
             self.gather("gradient", *self.factors(x, dy), more)
         if self.projection.due(self.step):
-            # first bases by SVD come from the last micro-batch: whole gradients of all layers at
-            # once, summed up, would take as much memory as the weights
+            key = random_key(o.seed, self.name, self.step, "sketch")
+            left, right = self.projection.sketch(x, dy, key)
+            # by SVD a first basis comes from the first micro-batch alone: whole gradients of all
+            # layers, summed up, would take as much memory as the weights
             alone = self.projection.svd and self.projection.basis is None
-            if not (more and alone):
-                key = random_key(o.seed, self.name, self.step, "sketch")
-                self.gather("sketch", *self.projection.sketch(x, dy, key), more)
+            self.gather("sketch", left, right, more and not alone)
         self.ended = not more
 
     def gather(self, what, left, right, more):
@@ -362,13 +342,10 @@ class ProjectedWeight(Trained):
         self.moments.step_(r, o.betas, o.eps, self.key("moment"))
         return r
 
-    def pack(self, gradient):
+    def keep(self, gradient):
         kept = Sum(*gradient.shape, self.optimizer.accumulation, self.optimizer.device)
         kept.set_(gradient)
-        return kept
-
-    def unpack(self, kept):
-        return kept.value()
+        return kept.value
 
     # what sister methods do otherwise
 
@@ -477,19 +454,6 @@ def frobenius(x):
 # the optimizer
 
 
-class OneProcess:
-    """What run/ranks.py's Ranks is to several processes."""
-
-    rank = 0
-    size = 1
-
-    def sum_(self, tensor, then):
-        then(tensor)
-
-    def land(self):
-        pass
-
-
 class QGaLore(torch.optim.Optimizer):
     """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by 8-bit Adam.
 
@@ -545,7 +509,7 @@ class QGaLore(torch.optim.Optimizer):
         self.accumulation = accumulation
         self.grad_clip = grad_clip
         self.seed = seed
-        self.ranks = ranks or OneProcess()
+        self.ranks = ranks or Ranks()  # without arguments: this process alone
         self.accumulating = False  # now
         self.accumulated = False  # in this step
         n = len(layers) + len(parameters)
@@ -600,18 +564,15 @@ class QGaLore(torch.optim.Optimizer):
             t.drop()
 
     def pop_stats(self):
-        """grad_norm, refreshes and skipped. Waits for the device.
+        """{grad_norm: of the last step, before clipping, low-rank gradients' where projected;
+        skipped: gradients not finite, since the last call; refreshes: of all training}.
 
-        grad_norm: of the last step, over all weights (of low-rank gradients where projected),
-        before clipping. refreshes: since the start of training. skipped: gradients that were not
-        finite, since the last call."""
-        stats = {
-            "grad_norm": self.norms.norm().item(),
-            "skipped": int(self.skipped.item()),
-            "refreshes": sum(w.projection.refreshes for w in self.weights),
-        }
+        Waits for the device."""
+        norm = self.norms.norm().item()
+        skipped = int(self.skipped.item())
         self.skipped.zero_()
-        return stats
+        refreshes = sum(w.projection.refreshes for w in self.weights)
+        return {"grad_norm": norm, "skipped": skipped, "refreshes": refreshes}
 
     def pop_refreshes(self):
         """{weight: [(step, similarity that its refresh found, steps to the next)]}: new ones."""
@@ -622,40 +583,14 @@ class QGaLore(torch.optim.Optimizer):
 
     def state_dict(self):
         """Everything that the next step depends on, as tensors, numbers and containers of them."""
-        groups = []
-        for group in self.param_groups:
-            groups.append({key: value for key, value in group.items() if key != "params"})
+        groups = [group | {"params": []} for group in self.param_groups]
         trained = {name: t.state_dict() for name, t in self.trained.items()}
         return {"param_groups": groups, "norms": self.norms, "trained": trained}
 
     def load_state_dict(self, state):
-        state = self._here(state)
+        state = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), state)
         for group, saved in zip(self.param_groups, state["param_groups"]):
-            group.update(saved)
+            group.update(saved | {"params": group["params"]})
         self.norms = state["norms"]
         for name, t in self.trained.items():
             t.load_state_dict(state["trained"][name])
-
-    def _here(self, value):
-        """A copy, its tensors on this optimizer's device."""
-        if isinstance(value, torch.Tensor):
-            return value.to(self.device, copy=True)
-        if isinstance(value, dict):
-            return {key: self._here(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._here(v) for v in value)
-        return value
-
-
-def one_device(model):
-    """The device of a model's tensors. Raises ValueError, with two names, if there are several."""
-    first = None
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if first is None:
-            first = name, tensor.device
-        if tensor.device != first[1]:
-            raise ValueError(
-                f"the model is on several devices: {first[0]} on {first[1]}, "
-                f"{name} on {tensor.device}; QGaLore trains on one"
-            )
-    return first[1] if first else torch.device("cpu")

@@ -28,14 +28,15 @@ from kernels.moments import ACCUMULATION, MOMENTS
 from methods.registry import find
 from prepare_c4 import prepare
 from qgalore import SIDES
-from run.checkpoint import check_same_model, load_checkpoint, save_checkpoint, starting_model
+from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
+                            whole_state)
 from run.data import Windows
-from run.device import GIB, check_device, memory_free, memory_peak, peak_flops, pick_device, pick_dtype
+from run.device import choose_floats, memory_peak
 from run.encodings import fingerprint, get_encoding
-from run.log import Log
-from run.memory import memory_plan, print_plan, refuse_what_does_not_fit
+from run.log import Clock, Log
+from run.memory import fits
 from run.plot import plot_loss
-from run.ranks import IN_FLIGHT, Ranks
+from run.ranks import Ranks
 from run.stop import Stop
 from sample import stream
 
@@ -119,8 +120,10 @@ def main():
     s = configure(sys.modules[__name__])
     method, checkpoint, fill = settle(s)
     weight_dtype, compute_dtype = choose_floats(s)
-    ranks = find_ranks(s)
-    if not plan_memory(s, ranks, weight_dtype, compute_dtype):
+    same = None if s.dry_run else s.as_dict()  # what the ranks of torchrun have to agree on
+    ranks = Ranks(s.device, same, s.rank_timeout, s.gradient_accumulation_steps)
+    fits(s, ranks, weight_dtype, compute_dtype)
+    if s.dry_run:
         return
     train_data, val_data = open_data(s, ranks)
 
@@ -174,43 +177,6 @@ def settle(s):
     if checkpoint is not None:
         check_same_model(checkpoint, s)
     return method, checkpoint, fill
-
-
-def choose_floats(s):
-    """(dtype of float weights, dtype of computation); s.device and s.dtype become what is meant."""
-    s.device = pick_device(s.device)
-    if not s.dry_run:
-        check_device(s.device)
-    compute_dtype = pick_dtype(s.dtype, s.device)
-    s.dtype = str(compute_dtype).removeprefix("torch.")
-    weight_dtype = torch.float32 if s.weight_bits == 32 else compute_dtype
-    return weight_dtype, compute_dtype
-
-
-def find_ranks(s):
-    """The other ranks, if torchrun started this one; all have to have the same settings."""
-    facts = None if s.dry_run else s.as_dict()
-    return Ranks(s.device, facts, s.rank_timeout, s.gradient_accumulation_steps)
-
-
-def plan_memory(s, ranks, weight_dtype, compute_dtype):
-    """Count what the run takes before anything is allocated; False if that is all that is asked."""
-    held = s.gradient_accumulation_steps  # micro-batches whose gradients a rank sums up
-    if not s.grad_clip:
-        held //= ranks.size
-    try:
-        plan = memory_plan(s.changed(gradient_accumulation_steps=held), weight_dtype, compute_dtype)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}")
-    if ranks.size > 1:
-        plan["sums in flight"] = 2 * IN_FLIGHT  # as they are sent, and in float32
-    here = s.device == "cpu" or torch.cuda.is_available()
-    free = memory_free(s.device) if here else None
-    if s.dry_run:
-        print_plan(plan, free, s.device)
-        return False
-    refuse_what_does_not_fit(plan, free, s.device)
-    return True
 
 
 def open_data(s, ranks):
@@ -271,7 +237,7 @@ class Run:
         self.ranks = ranks
         self.in_backward = hasattr(optimizer, "accumulating")  # else torch's own steps
         self.autocast = nullcontext()
-        self.tokens_per_step = s.batch_size * s.block_size * s.gradient_accumulation_steps
+        self.clock = Clock(s, ranks, model.flops_per_token())
         self.it = 0  # steps taken
         self.val_loss = None
         self.log = self.stop = None
@@ -279,21 +245,21 @@ class Run:
     def loop(self):
         """Train to the end; False if the run was stopped before."""
         s = self.s
-        self.ranks.check_identical(self.state(), "at the start")
+        self.check_ranks("at the start")
         bar = tqdm(total=s.max_iters, initial=self.it, unit="step", dynamic_ncols=True,
                    disable=None if self.ranks.rank == 0 else True)
         start = self.it
         stopping = False
-        self.start_clock()
+        self.clock.start(self.it)
         while True:
             if self.it % s.eval_interval == 0 or self.it >= s.max_iters:
                 self.val_loss = self.evaluate()
-                tokens = self.it * self.tokens_per_step
+                tokens = self.it * self.clock.tokens_per_step
                 self.log.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens})
                 tell(self.ranks, f"step {self.it}: val loss {self.val_loss:.4f}")
                 if self.it > start:
                     self.save()
-                self.start_clock()
+                self.clock.start(self.it)
             if self.it >= s.max_iters:
                 break
             lr = learning_rate_at(self.it, s, self.method)
@@ -377,47 +343,24 @@ class Run:
                     loss += self.model(x, y, documents=documents).item() * weight
         return self.ranks.total(loss) / max(1, counted)
 
-    def start_clock(self):
-        self.clock = time.perf_counter()
-        self.clock_it = self.it
-        self.ranks.sent = 0
-
     def report(self, loss, lr):
         """Log the step that was just taken; returns the entry."""
-        s, ranks = self.s, self.ranks
-        entry = {"iter": self.it - 1, "loss": ranks.total(loss.item()), "lr": lr}  # a sync point
-        entry["tokens"] = self.it * self.tokens_per_step
-        steps = self.it - self.clock_it
-        seconds = time.perf_counter() - self.clock
-        entry["tokens_per_s"] = steps * self.tokens_per_step / seconds
-        if ranks.size > 1:  # what a rank hands to torch.distributed
-            entry["sent_mb"] = ranks.sent / steps / 1e6
-        entry["peak_memory_gb"] = memory_peak(s.device)
-        if s.device == "cuda":  # with what lies in fragments
-            entry["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB
+        loss = self.ranks.total(loss.item())  # a sync point
+        entry = {"iter": self.it - 1, "loss": loss, "lr": lr} | self.clock.lap(self.it)
         if self.in_backward:
             entry |= self.optimizer.pop_stats()
             if refreshes := self.optimizer.pop_refreshes():
                 entry["subspaces"] = refreshes
         else:
             entry["grad_norm"] = self.norm.item()
-        if peak := peak_flops(s.device):
-            flops = entry["tokens_per_s"] * self.model.flops_per_token()
-            entry["mfu"] = flops / (peak * ranks.size)
         self.log.write(entry)
-        self.start_clock()
         return entry
 
-    def state(self):
-        """What all ranks hold alike, by name."""
-        state = dict(self.model.state_dict())
-        for part, of in self.optimizer.state_dict().items():
-            if isinstance(of, dict):
-                state |= {f"{part} of {name}": value for name, value in of.items()}
-        return state
+    def check_ranks(self, when):
+        self.ranks.check_identical(whole_state(self.model, self.optimizer), when)
 
     def save(self):
-        self.ranks.check_identical(self.state(), f"at step {self.it}")
+        self.check_ranks(f"at step {self.it}")
         if self.ranks.rank == 0:
             self.log.sync()
             checkpoint = {

@@ -1,4 +1,5 @@
-# A small LLaMA on the English that every Python installation holds: help topics and docstrings, byte by byte.
+# A small LLaMA on the English that every Python installation holds: help topics and docstrings,
+# byte by byte. No download; some three minutes on two cores.
 out_dir = "out-demo"
 data_dir = "data/docs"
 data_input = "docs"
@@ -12,12 +13,10 @@ ffn_dim = 528
 block_size = 128
 batch_size = 8
 
-rank = 48
-proj_gap = 50
-galore_scale = 1.0
-learning_rate = 0.004
-max_iters = 1500
-warmup_iters = 150
-eval_interval = 300
+if_read(rank=48, proj_gap=50, galore_scale=1.0)
+learning_rate = 0.002
+max_iters = 1000
+warmup_iters = 100
+eval_interval = 200
 eval_iters = 50
 sample_tokens = 400

@@ -1,7 +1,17 @@
-# The demo by any method, at the rate of least loss in RESULTS.md (adam8bit: at AdamW's):
-#   python train.py --method=fira config/demo_methods.py
-exec(open("config/demo.py").read())
+# The demo by any method, at its rate of least loss in docs/results.md (adam8bit: at AdamW's):
+#   python train.py config/demo_methods.py --method=fira
+include("demo.py")
 out_dir = "out-demo-" + method
-learning_rate = {"adamw": 0.001, "adam8bit": 0.001, "lora": 0.004, "relora": 0.004, "apollo": 0.008,
-                 "apollo_mini": 0.008, "muon": 0.004, "qmuon": 0.004}.get(method, 0.002)
-proj_gap = 300 if method == "relora" else 50
+_rates = {
+    "adamw": 0.001,
+    "adam8bit": 0.001,
+    "lora": 0.004,
+    "relora": 0.004,
+    "apollo": 0.008,
+    "apollo_mini": 0.008,
+    "muon": 0.004,
+    "qmuon": 0.004,
+}
+learning_rate = _rates.get(method, 0.002)
+if method == "relora":
+    proj_gap = 300

@@ -1,9 +1,11 @@
-# LLaMA-3-8B learns MMLU's questions in INT8 on one 12 GB card: see it first with --dry_run=True. Its shards, from the
-# benchmark's own training files (question,A,B,C,D,answer, no header):
-#   python prepare_sft.py --input='mmlu/auxiliary_train/*.csv' --columns=question,A,B,C,D,answer --out_dir=data/mmlu-llama3 \
+# LLaMA-3-8B learns MMLU's questions in INT8 on one card of 12 GB: see it first with --dry_run=True.
+# Its shards, from the benchmark's own training files (question,A,B,C,D,answer, no header):
+#   python -m finetune.prepare_sft --input='mmlu/auxiliary_train/*.csv' \
+#       --columns=question,A,B,C,D,answer --out_dir=data/mmlu-llama3 \
 #       --encoding=meta-llama/Meta-Llama-3-8B --completion=' {answer}' \
 #       --prompt='{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:'
-# and afterwards: python eval.py --model=out-llama3-8b --task=mmlu --data=mmlu --shots=5
+# and afterwards:
+#   python -m finetune.evaluate --model=out-llama3-8b --task=mmlu --data=mmlu --shots=5
 # Rank and rate are not tuned: the paper names its task and its memory, not these.
 init_from = "meta-llama/Meta-Llama-3-8B"
 out_dir = "out-llama3-8b"
@@ -16,11 +18,9 @@ checkpoint_activations = True
 checkpoint_bits = 8
 compile = True
 
-method = "qgalore"
 freeze_embedding = True
 embed_bits = 8
-rank = 64
-proj_gap = 100
+if_read(rank=64, proj_gap=100)
 learning_rate = 0.0003
 max_iters = 2000
 warmup_iters = 100

@@ -1,5 +1,7 @@
-# SmolLM2-135M learns a movie review's sentiment (SST-2: sentence TAB label), on two CPU cores in minutes. First its shards:
-#   python prepare_sft.py --input='sst2/*.tsv' --columns=sentence,label --labels=negative,positive --out_dir=data/sst2 \
+# SmolLM2-135M learns a movie review's sentiment (SST-2: sentence TAB label), on two CPU cores in
+# minutes. First its shards:
+#   python -m finetune.prepare_sft --input='sst2/*.tsv' --columns=sentence,label \
+#       --labels=negative,positive --out_dir=data/sst2 \
 #       --encoding=HuggingFaceTB/SmolLM2-135M-Instruct --prompt='Review: {sentence}\nSentiment:' \
 #       --completion=' {label}' --block_size=256
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -8,10 +10,8 @@ data_dir = "data/sst2"
 block_size = 256
 batch_size = 1  # a row holds eight or nine reviews
 
-method = "qgalore"
 freeze_embedding = True
-rank = 64
-proj_gap = 50
+if_read(rank=64, proj_gap=50)
 learning_rate = 0.003
 max_iters = 150
 warmup_iters = 15

@@ -1,4 +1,5 @@
-# LLaMA 60M on C4 by the paper's recipe (arXiv 2407.08296, appendix; GaLore's table 2): 1.3 billion tokens.
+# LLaMA 60M on C4 by the paper's recipe: 1.3 billion tokens.
+# (arXiv 2407.08296, appendix; GaLore's table 2)
 out_dir = "out-60m"
 n_layer = 8
 n_head = 8
@@ -7,8 +8,7 @@ ffn_dim = 1376
 
 batch_size = 64
 gradient_accumulation_steps = 8  # 512 sequences a step
-rank = 128
-proj_gap = 200
+if_read(rank=128, proj_gap=200)
 learning_rate = 0.015
 max_iters = 10000
 warmup_iters = 1000

@@ -1,7 +1,6 @@
-# LLaMA 7B on C4 by the paper's recipe, its batch of 512 sequences included, on one 16 GB card (RTX 4060 Ti): see it first
-# with --dry_run=True. The batch costs 3.9 GiB, in which half of each gradient (INT8), and those of embedding and head (bf16)
-# add up (low-rank gradients do in the momentum); a 12 GB card has room for a step on 16 sequences, which needs no sums:
-# --gradient_accumulation_steps=1 --residual_blocks=1
+# LLaMA 7B on C4 by the paper's recipe, its batch of 512 sequences included, on one card of 16 GB
+# (RTX 4060 Ti). See first what it takes, with --dry_run=True: 13.0 GiB. 2.3 of these hold the sums
+# of micro-batches; a step on 16 sequences needs none: --gradient_accumulation_steps=1, for 12 GB.
 out_dir = "out-7b"
 device = "cuda"
 n_layer = 32
@@ -14,9 +13,8 @@ gradient_accumulation_steps = 32  # 512 sequences a step
 checkpoint_activations = True
 checkpoint_bits = 8
 compile = True
-rank = 1024
-proj_gap = 500
-residual_blocks = 2
+if_read(rank=1024, proj_gap=500)
+if_read(residual_blocks=2)  # with --method=qmuon: half of the whole gradient's sums
 learning_rate = 0.004
 max_iters = 150000
 warmup_iters = 15000

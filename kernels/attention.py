@@ -3,7 +3,16 @@ Attention without its matrices: RoPE's angles, which keys a token sees, softmax(
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+
+
+class Rotate(nn.Module):
+    """RoPE on x (..., T, hs), the two halves of a head as a pair's coordinates, as Hugging Face."""
+
+    def forward(self, x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def rope(start, length, c, x):

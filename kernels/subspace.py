@@ -36,3 +36,22 @@ def similarity(overlap, dim):
     tensor. overlap: old^T new (r, r) of orthonormal bases, r < dim."""
     share = len(overlap) / dim
     return (overlap.square().sum() / len(overlap) - share) / (1 - share)
+
+
+class Arriving:
+    """A number on its way from the device.
+
+    Who asks a step later waits for that copy, not for the queue of work behind it, as .item()."""
+
+    def __init__(self, tensor):
+        self.host = tensor
+        self.event = None
+        if tensor.is_cuda:
+            self.host = torch.empty((), pin_memory=True).copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def value(self):
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.item()

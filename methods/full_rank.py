@@ -7,11 +7,11 @@ from model import plain_linear
 
 
 class AdamW(Method):
-    linear = plain_linear
+    linear = staticmethod(plain_linear)
 
 
 class Adam8bit(InBackward):
-    linear = plain_linear
+    linear = staticmethod(plain_linear)
 
 
 # 32: float32 weights under autocast, where dtype is bfloat16

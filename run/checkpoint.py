@@ -58,6 +58,15 @@ def save_checkpoint(out_dir, checkpoint, keep=1):
         raise SystemExit(f"error: could not save {path}: {e}{kept}")
 
 
+def whole_state(model, optimizer):
+    """What all ranks of a run hold alike, {name: tensor, number or container of them}."""
+    state = dict(model.state_dict())
+    for part, of in optimizer.state_dict().items():
+        if isinstance(of, dict):
+            state |= {f"{part} of {name}": value for name, value in of.items()}
+    return state
+
+
 def read_checkpoint(path):
     """A checkpoint of train.py, memory-mapped; nothing in it is run.
 

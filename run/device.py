@@ -53,6 +53,19 @@ def pick_dtype(name, kind):
     return getattr(torch, name)
 
 
+def choose_floats(s):
+    """(dtype of float weights, dtype of computation) of a run's settings.
+
+    s.device and s.dtype, which may be "auto", become what is meant."""
+    s.device = pick_device(s.device)
+    if not s.dry_run:
+        check_device(s.device)
+    compute_dtype = pick_dtype(s.dtype, s.device)
+    s.dtype = str(compute_dtype).removeprefix("torch.")
+    weight_dtype = torch.float32 if s.weight_bits == 32 else compute_dtype
+    return weight_dtype, compute_dtype
+
+
 def peak_flops(kind):
     """Operations a second that the GPU's data sheet has for bf16 products, or None."""
     if kind == "cuda":
@@ -86,3 +99,17 @@ def memory_peak(kind):
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def one_device(model):
+    """The device of a model's tensors. Raises ValueError, with two names, if there are several."""
+    first = None
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if first is None:
+            first = name, tensor.device
+        if tensor.device != first[1]:
+            raise ValueError(
+                f"the model is on several devices: {first[0]} on {first[1]}, "
+                f"{name} on {tensor.device}; QGaLore trains on one"
+            )
+    return first[1] if first else torch.device("cpu")

@@ -5,8 +5,12 @@ A run's output folder: config.json, and log.jsonl with one object a logged step.
 import glob
 import json
 import os
+import time
+
+import torch
 
 from run.checkpoint import checkpoint_paths
+from run.device import GIB, memory_peak, peak_flops
 from run.plot import read_log
 from run.shards import replacing
 
@@ -67,6 +71,39 @@ class Log:
     def sync(self):
         """Before a checkpoint: the lines up to it are never written again."""
         os.fsync(self.file.fileno())
+
+
+class Clock:
+    """Measures the steps between two lines of the log. flops: a token's, see LLaMA."""
+
+    def __init__(self, s, ranks, flops):
+        self.device = s.device
+        self.ranks = ranks
+        self.flops = flops
+        self.tokens_per_step = s.batch_size * s.block_size * s.gradient_accumulation_steps
+        self.start(0)
+
+    def start(self, step):
+        self.since = time.perf_counter()
+        self.step = step
+        self.ranks.sent = 0
+
+    def lap(self, step):
+        """{name: number} of the steps since the last lap or start, before step number `step`."""
+        steps = step - self.step
+        seconds = time.perf_counter() - self.since
+        found = {"tokens": step * self.tokens_per_step}
+        found["tokens_per_s"] = steps * self.tokens_per_step / seconds
+        if self.ranks.size > 1:  # what a rank hands to torch.distributed
+            found["sent_mb"] = self.ranks.sent / steps / 1e6
+        found["peak_memory_gb"] = memory_peak(self.device)
+        if self.device == "cuda":  # with what lies in fragments
+            found["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB
+        peak = peak_flops(self.device)
+        if peak:
+            found["mfu"] = found["tokens_per_s"] * self.flops / (peak * self.ranks.size)
+        self.start(step)
+        return found
 
 
 def set_aside(out_dir, paths, prefix):

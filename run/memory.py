@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from methods.registry import find
 from quant import bitsandbytes
-from run.device import GIB
+from run.device import GIB, memory_free
+from run.ranks import IN_FLIGHT
 
 FEW, MORE = 2, 4  # blocks of the two models that are planned for a deep one
 
@@ -118,7 +119,7 @@ def _plan(s, blocks, weight_dtype, dtype):
 def _plan_in_backward(s, blocks, optimizer, micro_batches, micro_batch, live, plan):
     """The parts of a method whose weights step in backward: its first step, then a later one."""
     plan["moments"] = live.now - plan["weights"]
-    if micro_batches > 1:  # the first step: every layer sums up a sketch
+    if micro_batches > 1 and not s.proj_svd:  # the first step: every layer sums up a sketch
         micro_batch(False)
         optimizer.zero_grad()
     before = live.now - sum(plan.values())
@@ -138,6 +139,27 @@ def _plan_in_backward(s, blocks, optimizer, micro_batches, micro_batch, live, pl
         plan["sums of micro-batches"] = live.now - sum(plan.values())
     micro_batch(True)
     optimizer.step()
+
+
+def fits(s, ranks, weight_dtype, dtype):
+    """Plan a run before anything is allocated. Exits with one line if the device is too small.
+
+    With s.dry_run the plan is printed instead. ranks: run/ranks.py's."""
+    held = s.gradient_accumulation_steps  # micro-batches whose gradients a rank sums up
+    if not s.grad_clip:
+        held //= ranks.size
+    try:
+        plan = memory_plan(s.changed(gradient_accumulation_steps=held), weight_dtype, dtype)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+    if ranks.size > 1:
+        plan["sums in flight"] = 2 * IN_FLIGHT  # as they are sent, and in float32
+    here = s.device == "cpu" or torch.cuda.is_available()
+    free = memory_free(s.device) if here else None
+    if s.dry_run:
+        print_plan(plan, free, s.device)
+    else:
+        refuse_what_does_not_fit(plan, free, s.device)
 
 
 def print_plan(plan, free, device):
