@@ -56,21 +56,21 @@ def head_loss(h, weight, targets, softcap=0.0):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x as it came. Autograd would keep a float32 copy: 64 MiB a norm at 7B, twice a block."""
+    """Keeps x as it came. Autograd would keep a float32 copy: 64 MiB a norm at 7B, two a block."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        h = x.float()
-        rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # 1 / rms(x)
+        h = x.float()  # (..., C)
+        rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # 1 / rms(x), (..., 1)
         ctx.save_for_backward(x, weight, rstd)
         return (h * rstd * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        h = x.float() * rstd
+        h = x.float() * rstd  # again
         dy = dy.float()
-        dw = (dy * h).flatten(0, -2).sum(dim=0)
+        dw = (dy * h).flatten(0, -2).sum(dim=0)  # (C,)
         dh = dy * weight
         # the part of dh along h does not move h, whose rms is 1
         dx = (dh - h * (dh * h).mean(dim=-1, keepdim=True)) * rstd
@@ -123,7 +123,7 @@ class _HeadLoss(torch.autograd.Function):
 
         for start in range(0, len(h), LOSS_CHUNK):
             at = slice(start, start + LOSS_CHUNK)
-            x = h[at]
+            x = h[at]  # (chunk, C)
             t = targets[at, None]  # (chunk, 1)
 
             # logits (chunk, V) are overwritten from here until they are their own gradient
@@ -137,13 +137,13 @@ class _HeadLoss(torch.autograd.Function):
             logits.sub_(logits.amax(dim=-1, keepdim=True))
             valid = (t >= 0).float()
             t = t.clamp(min=0)
-            target = logits.gather(1, t)
-            z = logits.exp_().sum(dim=-1, keepdim=True)
+            target = logits.gather(1, t)  # (chunk, 1)
+            z = logits.exp_().sum(dim=-1, keepdim=True)  # (chunk, 1); logits hold exponents
             loss += ((z.log() - target) * valid).sum()
             if not need_grad:
                 continue
 
-            # (softmax - one-hot) / n
+            # the gradient with respect to the logits: (softmax - one-hot) / n
             g = logits.mul_(valid / (n * z)).scatter_add_(1, t, -valid / n)
             if softcap:
                 g = g.mul_(slope)

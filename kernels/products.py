@@ -35,7 +35,7 @@ def matmul_int8(x, q, scale, zero):
 def matmul_transposed_int8(dy, q, scale, zero):
     """dy @ W, (T, cols) in dy.dtype, for the same groups."""
     group = group_width(q.shape[1], scale.shape[1])
-    if group < 32 or group > MAX_GROUP:
+    if group < 32 or group > MAX_GROUP:  # as above
         return NotImplemented
     return _launch(
         _matmul_transposed_kernel, dy, q, scale, zero, q.shape[1], group,
@@ -46,7 +46,7 @@ def matmul_transposed_int8(dy, q, scale, zero):
 def _launch(kernel, x, q, scale, zero, n_out, group, block_n, block_k, stages):
     """x (T, n_in) times W: (T, n_out). A program makes BLOCK_TOKENS x block_n of it, summing
     block_k products at a time."""
-    x = x.contiguous()
+    x = x.contiguous()  # the kernels take rows without gaps
     q = q.contiguous()
     y = torch.empty(x.shape[0], n_out, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(x.shape[0], BLOCK_TOKENS), triton.cdiv(n_out, block_n))
@@ -94,6 +94,7 @@ if triton is not None:
                 q = tl.load(q_ptr + row * COLS + col[:, None], q_inside, other=0)
                 dot = tl.dot(_round(x.to(tl.float32), s), q, dot, out_dtype=tl.int32)
 
+            # to float32, with x's unit and the group's scale; zero meets x as it came
             group_at = row * tl.cdiv(COLS, GROUP) + start // GROUP  # (1, BLOCK_N)
             scale = tl.load(scale_ptr + group_at, row_inside)
             zero = tl.load(zero_ptr + group_at, row_inside)
@@ -112,7 +113,7 @@ if triton is not None:
         dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         shift = tl.zeros((BLOCK_M, 1), tl.float32)
         for start in range(0, ROWS, BLOCK_K):
-            row = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+            row = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,), as group_at, scale and zero
             row_inside = row < ROWS
             group_at = row * tl.cdiv(cols, GROUP) + tl.program_id(1) * BLOCK_N // GROUP
             scale = tl.load(scale_ptr + group_at, row_inside, other=0.0)

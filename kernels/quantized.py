@@ -1,6 +1,6 @@
 """
-Dequantising, the weight step and the Adam step in Triton, named as in quant.py, which says what
-their arguments are.
+Dequantising, the weight step and the Adam step in Triton. quant.py has the same functions in plain
+torch, and says what their arguments are.
 
 In plain torch every line is a pass over memory: one update of a weight makes 32, which move
 186 bytes an element (counted), nearly half for its random numbers. Here an element is read once
@@ -32,11 +32,13 @@ TILE = 64 * 256  # elements of a program: 32 a thread, whose 128 registers (16 w
 
 
 def dequantize_int8(q, scale, zero, dtype=torch.float32):
+    """(rows, cols) in `dtype`, computed in float32."""
     rows, cols = q.shape
     return _dequantize(q, scale, zero, rows, cols, 8, dtype)
 
 
 def dequantize_int4(packed, scale, zero, dtype=torch.float32):
+    """(rows, cols) in `dtype`, computed in float32."""
     rows, cols = int4_shape(packed, scale)
     return _dequantize(packed, scale, zero, rows, cols, 4, dtype)
 
@@ -53,8 +55,8 @@ def int4_shape(packed, scale):
 def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     group = group_width(cols, scale.shape[1])
-    block_n = min(group, 256)
-    block_m = 4096 // block_n  # 32 elements a thread: two loads of 16 bytes
+    block_n = min(group, 256)  # columns of a program, of one group
+    block_m = 4096 // block_n  # its rows: 32 elements a thread, two loads of 16 bytes
     grid = (triton.cdiv(rows, block_m), triton.cdiv(cols, block_n))
     _dequantize_kernel[grid](
         codes.contiguous(), scale.contiguous(), zero.contiguous(), out, rows, cols, group,
@@ -65,21 +67,24 @@ def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
 
 
 def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
-    """A step without `right` may lie in either order. Ranks that 16 divides are the fastest."""
+    """The weight step in one pass: q is read once and written once.
+
+    A step without `right` may lie in either order. Ranks that 16 divides are the fastest.
+    """
     group = tile_width(q, scale, zero)
     if not group:
         return NotImplemented
-    block_m = min(64, TILE // group)
+    block_m = min(64, TILE // group)  # rows of a program
     # 64 bytes: in 3 stages at most 68 KiB of shared memory, of which consumer cards have 99
     block_k = 64 // left.element_size()
     if right is None:
-        rank = 0
+        rank = 0  # left is the step
         right = left  # a pointer that the kernel does not read
     else:
         rank = left.shape[1]
         left = left.contiguous()
         right = right.contiguous()
-    grid = (triton.cdiv(q.shape[0], block_m), scale.shape[1])
+    grid = (triton.cdiv(q.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
     _add_low_rank_kernel[grid](
         q, scale, zero, left, right, *q.shape, *left.stride(), shrink, key or 0,
         key is not None, rank, group, block_m, block_k,
@@ -88,11 +93,12 @@ def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
 
 
 def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
+    """Adam's step in one pass: m and g are each read once and written once."""
     group = tile_width(m, scale, zero, g)
     if not group:
         return NotImplemented
-    block_m = 4096 // group
-    grid = (triton.cdiv(m.shape[0], block_m), scale.shape[1])
+    block_m = 4096 // group  # 32 elements a thread
+    grid = (triton.cdiv(m.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
     _adam_kernel[grid](
         m, scale, zero, g, row, col, *m.shape, 1 - beta, correction, eps, key, group, block_m,
         num_warps=4, enable_fp_fusion=False,
@@ -106,8 +112,8 @@ if triton is not None:
         codes_ptr, scale_ptr, zero_ptr, out_ptr, rows, cols, group,
         BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
-        row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]  # (BLOCK_M, 1)
+        col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # (1, BLOCK_N)
         inside = (row < rows) & (col < cols)
         at = row * cols + col  # (BLOCK_M, BLOCK_N)
 
@@ -147,7 +153,7 @@ if triton is not None:
         else:
             step = tl.zeros((BLOCK_M, GROUP), tl.float32)
             for start in range(0, RANK, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
+                k = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
                 left_inside = row_inside & (k < RANK)[None, :]
                 left = tl.load(left_ptr + row * RANK + k[None, :], left_inside, other=0.0)
                 right_inside = col_inside & (k < RANK)[:, None]
@@ -196,7 +202,7 @@ if triton is not None:
     ):
         """quant._requantize_int8_ of a tile. w and at are (BLOCK_M, GROUP), group_at and row_inside
         (BLOCK_M, 1), col_inside (1, GROUP)."""
-        # the grid of each row of the tile, which is one group
+        # the grid of each row of the tile, which is one group: all (BLOCK_M, 1)
         low = tl.min(tl.where(col_inside, w, float("inf")), axis=1, keep_dims=True)
         high = tl.max(tl.where(col_inside, w, float("-inf")), axis=1, keep_dims=True)
         # min drops NaN: make low NaN where w has an inf or NaN

@@ -374,7 +374,7 @@ for codes in (torch.clone, lambda x: x.as_subclass(Claimed), lambda x: x.as_subc
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_where_triton_fails_plain_torch_steps_in_with_one_warning(missing):
+def test_where_triton_fails_torch_steps_in_with_one_warning(missing):
     if not missing and launch.triton is None:
         pytest.skip("triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
