@@ -26,8 +26,9 @@ import torch.nn.functional as F
 
 from kernels.attention import Rotate, attend, attention_mask, last, rope
 from kernels.lean import Checkpoint, geglu, head_logits, head_loss, rms_norm, swiglu
+from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
-                   matmul_int8, matmul_transposed_int8, quantize_int8, quantize_nf4)
+                   quantize_int8, quantize_nf4)
 
 INIT_STD = 0.02
 

@@ -29,12 +29,12 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from kernels.moments import ACCUMULATION, MOMENTS, Moments, Sum
-from kernels.subspace import Arriving, range_finder, similarity, singular_vectors
+from kernels.subspace import (Arriving, frobenius, random_matrix, range_finder, similarity,
+                              singular_vectors)
 from model import QLinear
+from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
 from run.ranks import Ranks
-from quant import (CHUNK, add_bfloat16_, chunks, decode, encode, random_key, rounding_key,
-                   uniform)
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good
 SKETCH = 4  # columns of a refresh's sketch, in ranks
@@ -50,10 +50,9 @@ class Projection:
     step that makes the sketch is still taken in the old basis. The first one moves no weight of the
     layer; its sketch has but `rank` columns, as all layers make theirs at once.
 
-    bits: 4, 8 (group-wise codes), or 16: unquantised, in float32. svd: exact singular vectors of
-    the formed gradient, as the papers take. gap, threshold, k, side, growth: see QGaLore. phase:
-    the share of the gap after which the first basis gives way, so that layers which start together
-    refresh at different steps."""
+    bits: 4, 8 (group-wise codes), or 16: unquantised, in float32. phase: the share of the gap
+    after which the first basis gives way, so that layers which start together refresh at different
+    steps. The other arguments: see QGaLore."""
 
     def __init__(self, out_features, in_features, rank, gap=200, threshold=0.4, k=5, bits=4,
                  svd=False, phase=1.0, device=None, side="auto", growth=0.0):
@@ -109,12 +108,7 @@ class Projection:
         if self.svd:
             return a, b
         columns = self.rank * (1 if self.basis is None else SKETCH)
-        omega = torch.empty(self.other, columns, dtype=b.dtype, device=b.device)
-        rows = max(1, CHUNK // columns)
-        for i in chunks(b, self.other, rows):
-            part = omega[i : i + rows]
-            numbers = uniform(key, i * columns, part.numel(), b.device).sub_(0.5)
-            part.copy_(numbers.view(part.shape))
+        omega = random_matrix(key, self.other, columns, b.dtype, b.device)
         return a, b @ omega
 
     def refresh(self, sketch, step):
@@ -209,9 +203,8 @@ class Trained:
         """Take a step's whole gradient. One that is not finite counts as zero."""
         o = self.optimizer
         if self.waiting is not None:
-            raise RuntimeError(
-                "with grad_clip and micro-batches or ranks, call step() after the last backward"
-            )
+            raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the "
+                               "last backward")
         finite = norm.isfinite() & gradient.sum().isfinite()  # on the device: nothing waits for it
         o.skipped += ~finite
         o.norms[self.place] = norm.where(finite, 0)
@@ -445,11 +438,6 @@ class Parameter(Trained):
             p.add_(gradient, alpha=-o.lr)
 
 
-def frobenius(x):
-    """The root of the sum of x's squares, () float32."""
-    return torch.linalg.vector_norm(x, dtype=torch.float32)
-
-
 # -----------------------------------------------------------------------------
 # the optimizer
 
@@ -485,12 +473,9 @@ class QGaLore(torch.optim.Optimizer):
                  gap=200, scale=0.25, threshold=0.4, k=5, proj_bits=4, moments="factored",
                  stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0,
                  ranks=None, side="auto", gap_growth=0.0, weight=ProjectedWeight):
-        for name, value, choices in (
-            ("proj_bits", proj_bits, (4, 8, 16)),
-            ("moments", moments, MOMENTS),
-            ("accumulation", accumulation, ACCUMULATION),
-            ("side", side, SIDES),
-        ):
+        for name, value, choices in (("proj_bits", proj_bits, (4, 8, 16)), ("side", side, SIDES),
+                                     ("moments", moments, MOMENTS),
+                                     ("accumulation", accumulation, ACCUMULATION)):
             if value not in choices:
                 raise ValueError(f"{name} is one of {choices}, not {value!r}")
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -518,10 +503,10 @@ class QGaLore(torch.optim.Optimizer):
 
         self.weights = []
         for i, (name, layer) in enumerate(layers.items()):
-            projection = Projection(
-                layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd,
-                phase=(i + 1) / len(layers), device=self.device, side=side, growth=gap_growth,
-            )
+            shape = layer.out_features, layer.in_features
+            phase = (i + 1) / len(layers)
+            projection = Projection(*shape, rank, gap, threshold, k, proj_bits, svd, phase,
+                                    self.device, side, gap_growth)
             self.weights.append(weight(self, name, i, layer, projection, scale))
         self.parameters = []
         for i, (name, p) in enumerate(parameters.items(), len(layers)):

@@ -24,20 +24,17 @@ What stands here is plain torch, for any device, and the reference. Where `@with
 above a function, a CUDA tensor goes on to the Triton kernel of the same name, in kernels/.
 """
 
-import hashlib
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels import products, quantized
+from kernels import quantized
 from kernels.launch import with_kernel
 from kernels.nf4 import bitsandbytes, dequantize_nf4, quantize_nf4  # noqa: F401, for `from quant`
-from kernels.products import DY_GROUP
+from kernels.random import random_int16, random_key, rounding_key, uniform  # noqa: F401
 
 GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
 BLOCK = 2**19  # weights updated at once: six float32 temporaries of 2 MiB each stay in cache
 CHUNK = 2**22  # elements made float32 at once, where no kernel keeps them in registers
-GOLDEN = 40503  # 2^16 / golden ratio
 
 
 def quantize_int8(w, group_size=GROUP_SIZE):
@@ -61,7 +58,7 @@ def quantize_int8(w, group_size=GROUP_SIZE):
 def dequantize_int8(q, scale, zero, dtype=torch.float32):
     """The inverse of quantize_int8: (rows, cols) in `dtype`, computed in it (kernels: float32)."""
     out = q.to(dtype)
-    group_size = _group_size(q.shape[1], scale.shape[1])
+    group_size = group_size_of(q.shape[1], scale.shape[1])
     for view, group in _groups(out, group_size):  # (rows, n, group_size), n columns of scale
         view.mul_(scale[:, group, None]).add_(zero[:, group, None])
     return out
@@ -148,7 +145,7 @@ def _checked(group_size):
     return group_size
 
 
-def _group_size(cols, n_groups):
+def group_size_of(cols, n_groups):
     """The power of two that cuts cols into n_groups; there is one at most when n_groups > 1."""
     if n_groups == 1:
         return cols
@@ -160,55 +157,6 @@ def chunks(tensor, length, size):
     these take all."""
     starts = range(0, length, size)
     return starts[:2] if isinstance(tensor, FakeTensor) else starts
-
-
-# --- Random numbers that are counted ---
-
-
-def random_key(*parts):
-    """A whole number of 32 bits, the same on every machine for the same numbers and strings."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-def rounding_key(step, *parts):
-    """A key of 48 bits to round one tensor at `step`: random_key, above it step / golden ratio.
-
-    Each element has a random number of its own, to which a step adds that fraction, modulo 1
-    (Weyl's sequence, of the lowest discrepancy). At one step the numbers are as random as any, but
-    those of a few steps in a row are spread evenly. Momentum makes such steps alike. Of n equal
-    steps by a part f of a grid unit, n f are rounded up, give or take a few, where independent
-    numbers leave an error of sqrt(n f (1 - f)).
-    """
-    return random_key(*parts) | (step * GOLDEN & 0xFFFF) << 32
-
-
-def uniform(key, start, n, device=None):
-    """Numbers start .. start + n - 1 of stream `key`: (n,) float32, odd multiples of 2^-17 below 1.
-
-    Their mean is 1/2. floor(x + u) rounds x up with probability x - floor(x), so that its mean is x
-    (Q-GaLore, equation 3). A whole x of -128..127 stays: float32 keeps x + u below x + 1.
-    """
-    return _random_int16(key, start, n, device).float().mul_(2.0**-16).add_(0.5 + 2.0**-17)
-
-
-def _random_int16(key, start, n, device):
-    """The same as int16 (n,): 2k and 2k + 1 are a hash of k in halves, plus key >> 32."""
-    first = start // 2  # number 2k is the lower half
-    x = torch.arange(first, (start + n + 1) // 2, dtype=torch.int32, device=device)
-    x.mul_(_int32(0x9E3779B9)).add_(_int32(key & 0xFFFFFFFF))  # k * 2^32 / golden ratio + key
-    # "lowbias32" of C. Wellons' hash-prospector; masks clear the sign bits that a shift copies in
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x.mul_(_int32(0x7FEB352D))
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x.mul_(_int32(0x846CA68B))
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x.view(torch.int16)[start % 2 :][:n].add_(_int32(key >> 32 << 16) >> 16)
-
-
-def _int32(x):
-    """The int32 of the same bits as a whole number of 32 bits."""
-    return x - 2**32 if x >= 2**31 else x
 
 
 # --- Steps in place: float32 in between, rounded stochastically ---
@@ -258,7 +206,7 @@ def add_bfloat16_(p, delta, alpha, key):
         at = slice(start, start + CHUNK)
         # a bfloat16 is the upper half of a float32: add a random lower half, then cut that off
         bits = p[at].float().add_(delta[at], alpha=alpha).view(torch.int32)
-        bits += _random_int16(key, start, len(bits), p.device).int().bitwise_and_(0xFFFF)
+        bits += random_int16(key, start, len(bits), p.device).int().bitwise_and_(0xFFFF)
         p[at] = bits.bitwise_and_(-65536).view(torch.float32)  # -65536: 0xFFFF0000
 
 
@@ -271,7 +219,7 @@ def _blocks(x, size=BLOCK):
 
 def _requantize_int8_(q, scale, zero, w, key, start):
     """Quantise w, which is overwritten, into q, scale and zero. Groups that are not finite stay."""
-    group_size = _group_size(q.shape[1], scale.shape[1])
+    group_size = group_size_of(q.shape[1], scale.shape[1])
     u = None
     if key is not None:
         u = uniform(key, start, w.numel(), w.device).view(w.shape)
@@ -281,58 +229,3 @@ def _requantize_int8_(q, scale, zero, w, key, start):
     zero.copy_(z.where(finite, zero))
     for (view, group), (old, _) in zip(_groups(new, group_size), _groups(q, group_size)):
         old.copy_(view.where(finite[:, group, None], old))
-
-
-# --- INT8 products ---
-
-
-@with_kernel(products.matmul_int8)
-def matmul_int8(x, q, scale, zero):
-    """x @ W^T with INT8 products: a group of a token is rounded to the nearest of 255 codes.
-
-        y[t, n] = sum over groups g of  s[t, g] * scale[n, g] * (code[t, g] . q[n, g])
-                                        + sum(x[t, g]) * zero[n, g]
-
-    s = max |x[t, g]| / 127, code = round(x / s); zero meets x as it came. x (T, cols) float, W as
-    above. Returns y (T, rows) in x.dtype, summed in float32. A token with an inf or NaN has no
-    finite y; others do not see it. A float32 matmul is exact: in groups of up to 1024 the sums
-    of products of codes are below 2^24.
-    """
-    width = _group_size(q.shape[1], scale.shape[1])
-    y = x.new_zeros(x.shape[0], q.shape[0], dtype=torch.float32)
-    for start in chunks(q, q.shape[1], width):
-        at = slice(start, start + width)  # W's columns and x's
-        g = start // width
-        part = x[:, at].float()
-        code, s = _round_rows(part)  # (T, width), (T, 1)
-        y += (code @ q[:, at].float().T).mul_(s).mul_(scale[:, g])
-        y.addr_(part.sum(dim=1), zero[:, g])  # the outer product of (T,) and (rows,)
-    return y.to(x.dtype)
-
-
-@with_kernel(products.matmul_transposed_int8)
-def matmul_transposed_int8(dy, q, scale, zero):
-    """dy @ W with INT8 products: dy (T, rows) float -> (T, cols) in dy.dtype; else as matmul_int8.
-
-    W's scales lie along this sum, so dy * scale[:, g] is what is rounded: DY_GROUP rows of W
-    at a time, once a group g.
-    """
-    width = _group_size(q.shape[1], scale.shape[1])
-    dx = dy.new_zeros(dy.shape[0], q.shape[1], dtype=torch.float32)
-    for row in chunks(q, q.shape[0], DY_GROUP):
-        rows = slice(row, row + DY_GROUP)  # W's rows, dy's columns
-        part = dy[:, rows].float()
-        for start in chunks(q, q.shape[1], width):
-            at = slice(start, start + width)  # W's columns and dx's
-            g = start // width
-            code, s = _round_rows(part * scale[rows, g])  # (T, DY_GROUP), (T, 1)
-            shift = (part @ zero[rows, g])[:, None]  # (T, 1), for every column of the group
-            dx[:, at] += (code @ q[rows, at].float()).mul_(s).add_(shift)
-    return dx.to(dy.dtype)
-
-
-def _round_rows(x):
-    """x (T, n) float32 as whole numbers of -127..127, and their unit (T, 1)."""
-    # what is all below 3e-33 becomes 0
-    s = x.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 127
-    return (x * s.reciprocal()).round_(), s

@@ -9,7 +9,6 @@ Train a LLaMA on token shards by Q-GaLore, or by a sister method (--method=...),
     python train.py --help                                  # every setting
 """
 
-import glob
 import math
 import os
 import sys
@@ -30,9 +29,9 @@ from prepare_c4 import prepare
 from qgalore import SIDES
 from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
                             whole_state)
-from run.data import Windows
+from run.data import open_windows, shard_paths
 from run.device import choose_floats, memory_peak
-from run.encodings import fingerprint, get_encoding
+from run.encodings import get_encoding
 from run.log import Clock, Log
 from run.memory import fits
 from run.plot import plot_loss
@@ -125,7 +124,9 @@ def main():
     fits(s, ranks, weight_dtype, compute_dtype)
     if s.dry_run:
         return
-    train_data, val_data = open_data(s, ranks)
+    make_data(s, ranks)
+    train_data = open_windows(s, "train", seed=s.seed)
+    val_data = open_windows(s, "val", seed=None)  # in file order
 
     torch.manual_seed(s.seed)
     try:
@@ -142,7 +143,7 @@ def main():
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)
     if s.eval_only:
-        tell(ranks, f"--- {s.init_from}: val loss {run.evaluate():.4f}")
+        run.tell(f"--- {s.init_from}: val loss {run.evaluate():.4f}")
         return
 
     run.it = checkpoint["iter"] if checkpoint else 0
@@ -150,12 +151,11 @@ def main():
     ranks.agree(windows | {"step": run.it})
     run.log = Log(s, checkpoint, writes=ranks.rank == 0)
     run.stop = Stop(s.max_minutes, ranks.size == 1, began)
-    tell_clamped(s, optimizer, ranks)
     del checkpoint
     finished = run.loop()
     ranks.leave()
     if ranks.rank == 0:
-        end(s, run, finished)
+        end(run, finished)
 
 
 # -----------------------------------------------------------------------------
@@ -179,33 +179,11 @@ def settle(s):
     return method, checkpoint, fill
 
 
-def open_data(s, ranks):
-    """Windows of the training and of the validation shards, which are made if need be."""
-    shards = os.path.join(s.data_dir, "*_{}_*.bin")
-    if ranks.rank == 0 and s.data_input and not glob.glob(shards.format("train")):
+def make_data(s, ranks):
+    """Make the shards of data_input, if there are none; the other ranks wait for them."""
+    if ranks.rank == 0 and s.data_input and not shard_paths(s.data_dir, "train"):
         prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
-    ranks.agree({})  # the others wait for the shards
-    vocabulary = {}
-    if s.pretrained:  # the tokenizer's numbers are the rows of the embedding
-        tokenizer = get_encoding(s.encoding)
-        vocabulary = {"n_vocab": tokenizer.n_vocab, "fingerprint": fingerprint(tokenizer)}
-    sizes = s.block_size, s.vocab_size
-    train_data = Windows(shards.format("train"), *sizes, seed=s.seed, **vocabulary)
-    val_data = Windows(shards.format("val"), *sizes, seed=None, **vocabulary)
-    return train_data, val_data
-
-
-def tell(ranks, text):
-    if ranks.rank == 0:
-        tqdm.write(text)
-
-
-def tell_clamped(s, optimizer, ranks):
-    """Say which weights are too small for the rank."""
-    clamped = [w.name for w in getattr(optimizer, "weights", ()) if w.projection.rank < s.rank]
-    if clamped:
-        tell(ranks, f"note: rank {s.rank} is larger than the smaller side of {len(clamped)} "
-             f"matrices, {clamped[0]} among them: these train at full rank")
+    ranks.agree({})
 
 
 # -----------------------------------------------------------------------------
@@ -239,13 +217,21 @@ class Run:
         self.autocast = nullcontext()
         self.clock = Clock(s, ranks, model.flops_per_token())
         self.it = 0  # steps taken
-        self.val_loss = None
-        self.log = self.stop = None
+        self.val_loss = self.log = self.stop = None
+
+    def tell(self, text):
+        if self.ranks.rank == 0:
+            tqdm.write(text)
 
     def loop(self):
         """Train to the end; False if the run was stopped before."""
         s = self.s
         self.check_ranks("at the start")
+        weights = getattr(self.optimizer, "weights", ())
+        clamped = [w.name for w in weights if w.projection.rank < s.rank]
+        if clamped:
+            self.tell(f"note: rank {s.rank} is larger than the smaller side of {len(clamped)} "
+                      f"matrices, {clamped[0]} among them: these train at full rank")
         bar = tqdm(total=s.max_iters, initial=self.it, unit="step", dynamic_ncols=True,
                    disable=None if self.ranks.rank == 0 else True)
         start = self.it
@@ -256,7 +242,7 @@ class Run:
                 self.val_loss = self.evaluate()
                 tokens = self.it * self.clock.tokens_per_step
                 self.log.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens})
-                tell(self.ranks, f"step {self.it}: val loss {self.val_loss:.4f}")
+                self.tell(f"step {self.it}: val loss {self.val_loss:.4f}")
                 if self.it > start:
                     self.save()
                 self.clock.start(self.it)
@@ -377,8 +363,9 @@ class Run:
 # after the last step
 
 
-def end(s, run, finished):
+def end(run, finished):
     """Draw loss.png, show a sample, say what to do next."""
+    s = run.s
     plot_loss(s.out_dir)
     if not finished:
         print(f"{run.stop.reason()}: saved step {run.it}; "
@@ -393,8 +380,7 @@ def end(s, run, finished):
           f"{memory_peak(s.device):.2f} GiB; see {s.out_dir}/loss.png")
     print(f"next: python sample.py --out_dir={s.out_dir} --prompt='The function'")
     if s.pretrained:
-        print(f"      python -m finetune.hf --out_dir={s.out_dir} --export={s.out_dir}-hf"
-              "     # for transformers")
+        print(f"      python -m finetune.hf --out_dir={s.out_dir} --export={s.out_dir}-hf")
     else:
         print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
 

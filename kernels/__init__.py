@@ -1,12 +1,15 @@
 """
-What is written for speed or for memory. quant.py and model.py call it; nothing here calls them.
+What is written for speed or for memory, below model.py and qgalore.py.
 
     launch.py       how a CUDA tensor comes from a function of quant.py to its kernel: begin here
     quantized.py    Triton: dequantise, step INT8 weights, step INT8 moments
-    products.py     Triton: matrix products of 8-bit numbers
-    nf4.py          QLoRA's 4 bits, by bitsandbytes
-    lean.py         layers that keep less for backward than autograd would, in plain torch
+    matmul.py       matrix products of 8-bit numbers, products.py the same in Triton
+    moments.py      Adam's moments and sums of micro-batches in 1 to 8 bytes an element
+    subspace.py     bases of a gradient, and how alike two of them are
+    attention.py    RoPE, masks, softmax(q k^T) v
+    lean.py         layers and the loss, which keep less for backward than autograd would
+    random.py       random numbers from a counter; nf4.py: QLoRA's 4 bits, by bitsandbytes
 
-A kernel has the name, the arguments and the result of the plain function in quant.py, and is tested
-against it by tests/test_kernels.py: on a GPU, or else in Triton's interpreter.
+A kernel has the name, the arguments and the result of a plain function, and is tested against it by
+tests/test_kernels.py: on a GPU, or else in Triton's interpreter.
 """

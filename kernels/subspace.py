@@ -5,6 +5,8 @@ of them are.
 
 import torch
 
+from quant import CHUNK, chunks, uniform
+
 POWER_ITERATIONS = 3  # of the range finder on the sketch
 
 
@@ -15,6 +17,17 @@ def singular_vectors(gradient, rank, right):
     gradient = gradient.T if right else gradient
     u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
     return vh[:rank].T if right else u[:, :rank]
+
+
+def random_matrix(key, rows, columns, dtype, device):
+    """Omega (rows, columns): numbers of stream `key`, uniform in -1/2 .. 1/2."""
+    omega = torch.empty(rows, columns, dtype=dtype, device=device)
+    step = max(1, CHUNK // columns)  # rows that are float32 at once
+    for i in chunks(omega, rows, step):
+        part = omega[i : i + step]
+        numbers = uniform(key, i * columns, part.numel(), device).sub_(0.5)
+        part.copy_(numbers.view(part.shape))
+    return omega
 
 
 def range_finder(sketch, rank):
@@ -36,6 +49,11 @@ def similarity(overlap, dim):
     tensor. overlap: old^T new (r, r) of orthonormal bases, r < dim."""
     share = len(overlap) / dim
     return (overlap.square().sum() / len(overlap) - share) / (1 - share)
+
+
+def frobenius(x):
+    """The root of the sum of x's squares, () float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
 class Arriving:

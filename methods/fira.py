@@ -5,7 +5,8 @@ Fira (arXiv 2410.01623): what low rank throws away moves W, too.
 import torch
 
 from methods.registry import FLOATS, SUBSPACE, register
-from qgalore import ProjectedWeight, frobenius
+from kernels.subspace import frobenius
+from qgalore import ProjectedWeight
 
 GROWTH = 1.01  # by which a step may be longer than the one before it
 

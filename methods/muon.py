@@ -11,7 +11,7 @@ import torch
 from kernels.moments import Sum
 from methods.fira import Fira, READS
 from methods.registry import FLOATS, register
-from qgalore import frobenius
+from kernels.subspace import frobenius
 from quant import adam_int8_, add_low_rank_int8_, dequantize_int8, quantize_int8
 
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum

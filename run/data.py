@@ -10,11 +10,32 @@ Shards are memory-mapped, so that a data set may be larger than memory.
 """
 
 import glob
+import os
 
 import numpy as np
 import torch
 
+from run.encodings import fingerprint, get_encoding
 from run.shards import IN_LOSS, STARTS, open_shard
+
+
+def shard_paths(data_dir, part):
+    """The shards of a part, "train" or "val", of a folder."""
+    return glob.glob(_pattern(data_dir, part))
+
+
+def _pattern(data_dir, part):
+    return os.path.join(data_dir, f"*_{part}_*.bin")
+
+
+def open_windows(s, part, seed):
+    """The Windows of a run's settings. seed: of their order, None: as they lie in the files."""
+    vocabulary = {}
+    if s.pretrained:  # the tokenizer's numbers are the rows of the embedding
+        tokenizer = get_encoding(s.encoding)
+        vocabulary = {"n_vocab": tokenizer.n_vocab, "fingerprint": fingerprint(tokenizer)}
+    pattern = _pattern(s.data_dir, part)
+    return Windows(pattern, s.block_size, s.vocab_size, seed, **vocabulary)
 
 
 class Windows:

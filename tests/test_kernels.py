@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from kernels import launch, lean, products, quantized
+from kernels import launch, matmul, lean, products, quantized
 from quant import quantize_int4, quantize_int8, random_key, rounding_key, uniform
 
 HERE = os.path.dirname(quant.__file__)  # the repository
@@ -228,7 +228,7 @@ def int8_factors(rows, cols, group, dtype=torch.float32, tokens=70):
     return quantize_int8(w * 0.02 + 0.005, group), x.to(dtype), (dy * 1e-3).to(dtype)
 
 
-INT8_PRODUCTS = [quant.matmul_int8.plain, quant.matmul_transposed_int8.plain]
+INT8_PRODUCTS = [matmul.matmul_int8.plain, matmul.matmul_transposed_int8.plain]
 if launch.triton is not None:
     INT8_PRODUCTS.append(partial(run_kernel, products.matmul_int8))
     INT8_PRODUCTS.append(partial(run_kernel, products.matmul_transposed_int8))
