@@ -15,7 +15,6 @@ optimizer sets (see qgalore.py).
 """
 
 import re
-import warnings
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.attention import Rotate, attend, attention_mask, last, rope
-from kernels.lean import Checkpoint, geglu, head_logits, head_loss, rms_norm, swiglu
+from kernels.attention import Rotate, all_documents, attend, attention_mask, last, rope
+from kernels.lean import GLU, Checkpoint, compile_modules, head_logits, head_loss, rms_norm
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
                    quantize_int8, quantize_nf4)
@@ -238,17 +237,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class GLU(nn.Module):
-    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; with "gelu" Gemma's, by tanh."""
-
-    def __init__(self, activation="silu"):
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, gate, up):
-        return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up)
-
-
 # -----------------------------------------------------------------------------
 # the model
 
@@ -391,7 +379,7 @@ class LLaMA(nn.Module):
             x.requires_grad_()  # frozen embedding: the blocks have a backward all the same
         past = caches[0]["k"].shape[2] if caches and "k" in caches[0] else 0
         if caches:
-            documents = self._all_documents(caches[0], documents, len(idx), past, T)
+            documents = all_documents(caches[0], documents, len(idx), past, T, c.block_size)
         most = c.block_size if past else T  # keys that a token may see
         masks = []  # of all keys, of a window
         for window in (most, c.sliding_window or most):
@@ -404,22 +392,6 @@ class LLaMA(nn.Module):
             else:
                 x = block(x, cos, sin, mask, caches[i] if caches else None)
         return self.norm(x)
-
-    def _all_documents(self, cache, documents, B, past, T):
-        """documents (B, past + T) of the cached tokens and the new ones; None if none has any.
-
-        Where one of the two is not given, the other's text goes on."""
-        seen = cache.get("documents") if past else None
-        if seen is not None or past and documents is not None:
-            if seen is None:
-                seen = documents[:, :1].expand(-1, past)
-            seen = seen.expand(B, -1)
-            if documents is None:
-                documents = seen[:, -1:].expand(-1, T)
-            documents = torch.cat([seen, documents], dim=1)
-        if documents is not None:
-            cache["documents"] = last(documents, self.config.block_size - 1, 1)
-        return documents
 
     def _head_rows(self):
         """The head's weight (V, C): a tensor, or a QEmbedding."""
@@ -448,15 +420,7 @@ class LLaMA(nn.Module):
 
     def compile_pointwise(self):
         """torch.compile what lies between the matrices: a few passes over memory become one."""
-        try:
-            torch.compile(lambda x: x.sin() * x)(self.norm.weight.detach())
-        except Exception as e:  # no C++ compiler, no Triton
-            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-            warnings.warn(f"torch.compile fails, the model runs without it. {reason}")
-            return
-        for module in self.modules():
-            if isinstance(module, (RMSNorm, Rotate, GLU)):
-                module.compile()
+        compile_modules(self, (RMSNorm, Rotate, GLU), self.norm.weight.detach())
 
     def flops_per_token(self):
         """Of forward and backward: 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""

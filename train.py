@@ -30,14 +30,11 @@ from qgalore import SIDES
 from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
                             whole_state)
 from run.data import open_windows, shard_paths
-from run.device import choose_floats, memory_peak
-from run.encodings import get_encoding
-from run.log import Clock, Log
+from run.device import choose_floats
+from run.log import Clock, Log, end
 from run.memory import fits
-from run.plot import plot_loss
 from run.ranks import Ranks
 from run.stop import Stop
-from sample import stream
 
 # -----------------------------------------------------------------------------
 # output
@@ -357,32 +354,6 @@ class Run:
                 "position": self.train_data.position,
             }
             save_checkpoint(self.s.out_dir, checkpoint, self.s.keep_checkpoints)
-
-
-# -----------------------------------------------------------------------------
-# after the last step
-
-
-def end(run, finished):
-    """Draw loss.png, show a sample, say what to do next."""
-    s = run.s
-    plot_loss(s.out_dir)
-    if not finished:
-        print(f"{run.stop.reason()}: saved step {run.it}; "
-              "go on with the same command and --init_from=resume")
-        return
-    if s.sample_tokens:
-        prompt = run.val_data.batch(1)[0][:, :32].to(s.device)
-        print("--- a sample: the prompt, then what the model makes of it")
-        stream(run.model, get_encoding(s.encoding), prompt, s.sample_tokens, temperature=0.7,
-               top_k=40, top_p=1.0, seed=s.seed)
-    print(f"--- {s.out_dir}: val loss {run.val_loss:.4f}, peak memory "
-          f"{memory_peak(s.device):.2f} GiB; see {s.out_dir}/loss.png")
-    print(f"next: python sample.py --out_dir={s.out_dir} --prompt='The function'")
-    if s.pretrained:
-        print(f"      python -m finetune.hf --out_dir={s.out_dir} --export={s.out_dir}-hf")
-    else:
-        print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
 
 
 if __name__ == "__main__":

@@ -79,3 +79,21 @@ def last(x, n, dim):
     """The last n entries of x along dim, or all."""
     n = min(n, x.shape[dim])
     return x.narrow(dim, x.shape[dim] - n, n)
+
+
+def all_documents(cache, documents, B, past, T, block_size):
+    """documents (B, past + T) of the cached tokens and T new ones; None if none has any.
+
+    Where one of the two is not given, the other's text goes on. The cache keeps them for next time.
+    """
+    seen = cache.get("documents") if past else None
+    if seen is not None or past and documents is not None:
+        if seen is None:
+            seen = documents[:, :1].expand(-1, past)
+        seen = seen.expand(B, -1)
+        if documents is None:
+            documents = seen[:, -1:].expand(-1, T)
+        documents = torch.cat([seen, documents], dim=1)
+    if documents is not None:
+        cache["documents"] = last(documents, block_size - 1, 1)
+    return documents

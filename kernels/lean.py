@@ -7,7 +7,10 @@ factors. The loss takes its gradients while a chunk's logits are at hand, so tha
 of a batch never exist.
 """
 
+import warnings
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from quant import dequantize_int8, quantize_int8
@@ -198,3 +201,29 @@ class Checkpoint(torch.autograd.Function):
             y = ctx.block(x, *ctx.args)
         torch.autograd.backward(y, dy)  # steps the block's weights
         return x.grad, *[None] * (2 + len(ctx.args))
+
+
+class GLU(nn.Module):
+    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; with "gelu" Gemma's, by tanh."""
+
+    def __init__(self, activation="silu"):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate, up):
+        return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up)
+
+
+def compile_modules(model, kinds, example):
+    """torch.compile the modules of these kinds, or warn once that this machine cannot.
+
+    example: any tensor on the model's device, to try the compiler with."""
+    try:
+        torch.compile(lambda x: x.sin() * x)(example)
+    except Exception as e:  # no C++ compiler, no Triton
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        warnings.warn(f"torch.compile fails, the model runs without it. {reason}")
+        return
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.compile()

@@ -1,5 +1,6 @@
 """
-A run's output folder: config.json, and log.jsonl with one object a logged step.
+What a run shows: its output folder, with config.json and log.jsonl, an object a logged step; and at
+its end loss.png, a sample, and what to do next.
 """
 
 import glob
@@ -11,8 +12,10 @@ import torch
 
 from run.checkpoint import checkpoint_paths
 from run.device import GIB, memory_peak, peak_flops
-from run.plot import read_log
+from run.encodings import get_encoding
+from run.plot import plot_loss, read_log
 from run.shards import replacing
+from sample import stream
 
 
 class Log:
@@ -118,3 +121,25 @@ def cut_log(path, step):
     kept = [json.dumps(entry) + "\n" for entry in before if entry["iter"] < step]
     with replacing(path) as f:
         f.write("".join(kept).encode())
+
+
+def end(run, finished):
+    """Draw loss.png, show a sample, say what to do next."""
+    s = run.s
+    plot_loss(s.out_dir)
+    if not finished:
+        print(f"{run.stop.reason()}: saved step {run.it}; "
+              "go on with the same command and --init_from=resume")
+        return
+    if s.sample_tokens:
+        prompt = run.val_data.batch(1)[0][:, :32].to(s.device)
+        print("--- a sample: the prompt, then what the model makes of it")
+        stream(run.model, get_encoding(s.encoding), prompt, s.sample_tokens, temperature=0.7,
+               top_k=40, top_p=1.0, seed=s.seed)
+    print(f"--- {s.out_dir}: val loss {run.val_loss:.4f}, peak memory "
+          f"{memory_peak(s.device):.2f} GiB; see {s.out_dir}/loss.png")
+    print(f"next: python sample.py --out_dir={s.out_dir} --prompt='The function'")
+    if s.pretrained:
+        print(f"      python -m finetune.hf --out_dir={s.out_dir} --export={s.out_dir}-hf")
+    else:
+        print("      python prepare_c4.py --shards=1 && python train.py config/llama_60m.py")
