@@ -67,6 +67,7 @@ def get_tokenizer(name):
     name: a checkpoint's folder; its tokenizer.json or *.model; "organisation/name" on the hub; or a
     file of "base64-token rank" lines, which by itself is a tiktoken.Encoding. Exits with one line
     if there is no such tokenizer."""
+    # a folder or a file here goes before a repository of that name
     path = name
     if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         path = _fetch(name)
@@ -76,12 +77,13 @@ def get_tokenizer(name):
     else:
         folder = os.path.dirname(path)
 
+    # *.model is of two formats
     if path.endswith(".json"):
         return Tokenizer(name, folder, _read_json(path))
     if path.endswith(".model") and _is_sentencepiece(path):
         return Tokenizer(name, folder, _read_sentencepiece(path, folder))
     encoding = _read_ranks(path)
-    if path == name:
+    if path == name:  # a rank file alone
         return encoding
     return Tokenizer(name, folder, _with_special_tokens(encoding, folder))
 
@@ -145,6 +147,7 @@ class Tokenizer:
         self._encode = vocabulary.encode
         self._settings = _settings(folder, "tokenizer_config.json")
 
+        # which tokens start and end a text
         model = _settings(folder, "config.json")
         self.bos_token = self._id("bos", model, vocabulary.bos)
         self.eot_token = self._id("eos", model, vocabulary.eos)
@@ -200,11 +203,13 @@ class Tokenizer:
     @functools.cached_property
     def _token_names(self):
         """{"bos_token": token, ...}: what a template may ask for."""
+        # by their ids
         names = {}
         token_of = {i: token for token, i in self.vocabulary.items()}
         for key, i in (("bos_token", self.bos_token), ("eos_token", self.eot_token)):
             if i in token_of:
                 names[key] = token_of[i]
+        # those that the settings name, unk_token and others, too
         for key, value in self._settings.items():
             token = _content(value)
             if key.endswith("_token") and isinstance(token, str):
@@ -229,8 +234,9 @@ class Tokenizer:
     def _adds_bos(self, default):
         """Whether a text starts with bos: by the settings, `default`, or the post-processor."""
         for adds in (self._settings.get("add_bos_token"), default):
-            if isinstance(adds, bool):
+            if isinstance(adds, bool):  # not None
                 return adds
+        # tokenizer.json: try it
         plain = self._encode("x", True)[:1]
         processed = self._encode("x", None)[:1]
         return processed == [self.bos_token] != plain
@@ -276,18 +282,18 @@ def _cuts_at_spaces(parts, added):
     """Whether a tokenizer.json splits text as GPT-2 or LLaMA-3 does, and nothing spans a split.
 
     parts: the file; added: the tokens that it adds to its model's."""
-    if parts.get("normalizer"):
+    if parts.get("normalizer"):  # it may add or join spaces
         return False
     before = parts.get("pre_tokenizer") or {}
     before = before.get("pretokenizers", [before])  # of a Sequence, or the one
     for part in before:
         if part.get("type") not in ("ByteLevel", "Split", "Digits"):
             return False  # Metaspace marks each piece's start
-        if part.get("add_prefix_space"):
+        if part.get("add_prefix_space"):  # likewise
             return False
     for token in added:
         spans = re.search(r"\s", token["content"]) or token.get("lstrip") or token.get("rstrip")
-        if spans and not token.get("special"):
+        if spans and not token.get("special"):  # a cut before it or in it would change its text
             return False
     return any(map(_splits, before))
 
@@ -329,10 +335,11 @@ def _read_sentencepiece(path, folder):
     size = model.vocab_size()
     ids = {model.id_to_piece(i): i for i in range(size)}
     special = {token for token, i in ids.items() if model.is_control(i) or model.is_unknown(i)}
-    added = _added_tokens(folder)
+    added = _added_tokens(folder)  # beyond the model's size
     ids.update(added)
     special |= added.keys()
 
+    # where two special tokens start alike, the longer one is meant
     longest_first = sorted(special, key=len, reverse=True)
     pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
     name_of = {ids[token]: token for token in special}
@@ -349,7 +356,7 @@ def _read_sentencepiece(path, folder):
         return found
 
     def is_apart(i):
-        return i in name_of or i >= size
+        return i in name_of or i >= size  # a padded vocabulary's ids are in no model
 
     def decode(ids):
         # what lies between special tokens is decoded as one: a character may span several ids
@@ -400,6 +407,7 @@ def _read_ranks(path):
             f'error: encoding {path}: expected lines "base64-token rank", ranks 0, 1, ..., '
             "and every byte"
         )
+    # 256 of them, as in LLaMA-3; tiktoken's eot_token is the one that has this name
     special = {"<|begin_of_text|>": n, "<|endoftext|>": n + 1}
     for i in range(254):
         special[f"<|reserved_{i}|>"] = n + 2 + i
@@ -417,10 +425,13 @@ def _with_special_tokens(encoding, folder):
     names = {first + i: f"<|reserved_special_token_{i}|>" for i in range(256)}
     for place, token in LLAMA3_SPECIAL.items():
         names[first + place] = f"<|{token}|>"
+    # the settings' names go before LLaMA-3.1's
     for token, i in _added_tokens(folder).items():
         if first <= i < first + 256:
             names[i] = token
     special = {token: i for i, token in names.items()}
+
+    # the same encoding, with these names
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(first)}
     whole = tiktoken.Encoding(
         encoding.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special
@@ -439,7 +450,7 @@ def _with_special_tokens(encoding, folder):
         bos=first,
         eos=first + 1,
         adds_bos=True,
-        cuts_at_spaces=True,
+        cuts_at_spaces=True,  # it splits by LLaMA-3's pattern
     )
 
 
