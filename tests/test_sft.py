@@ -675,7 +675,7 @@ def test_sentencepiece_examples_have_one_bos_and_natural_tokens(pieces):
     assert enc.decode(found.tokens[found.flags & 1 > 0].tolist()) == "good</s>"
 
 
-def test_where_prompt_and_completion_share_a_token_both_keep_theirs(chat):
+def test_prompt_and_completion_that_share_a_token_keep_their_own(chat):
     enc = get_encoding(chat)
     ids, flags = encode(enc.encode_ordinary, [("is ", False), ("the", True)])
     apart = enc.encode_ordinary("is ") + enc.encode_ordinary("the")
