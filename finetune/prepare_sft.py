@@ -14,8 +14,8 @@ A prompt and its completion become one example, with an end-of-text token after 
 assistant says counts in the loss.
 
 Rows have block_size + 1 tokens and hold whole examples. A shard is prepare_c4.py's with the row
-length in its header and, after the tokens, a byte for each. Bit 0: it counts in the loss. Bit 1:
-an example starts here. Older shards are replaced.
+length in its header and, after the tokens, a byte of flags for each (run/shards.py has the
+format). Bit 0: it counts in the loss. Bit 1: an example starts here. Older shards are replaced.
 """
 
 import collections
@@ -38,7 +38,7 @@ from tqdm import tqdm
 from configurator import at_least, between, configure
 from finetune.tokenizer import Tokenizer
 from run.encodings import fingerprint, first_line, get_encoding
-from run.shards import replacing, shard_parts
+from run.shards import IN_LOSS, STARTS, replacing, shard_parts
 
 # input and output
 input = ""  # a glob of .json(l), .tsv, .csv, also .gz; several files make one data set
@@ -57,11 +57,7 @@ val_fraction: between(0, 1) = 0.05  # of the examples, for validation; 1: all of
 packing = True  # several examples a row, where they fit; False: one a row, padded
 seed: at_least(0) = 1337  # of the split and of the rows' order
 
-# bits of a token's flag
-COUNTS = 1
-STARTS = 2
-
-Example = collections.namedtuple("Example", "tokens flags")  # uint32, uint8
+Example = collections.namedtuple("Example", "tokens flags")  # uint32 and uint8, (length,) each
 
 
 def main():
@@ -112,7 +108,7 @@ def prepare_sft(s):
         shards[path] = shard_parts(
             tokens.ravel(), enc.n_vocab, flags.ravel(), s.block_size + 1, fingerprint(enc)
         )
-        loss = int((flags & COUNTS).sum())
+        loss = int((flags & IN_LOSS).sum())
         summary.update(rows=len(tokens), room=tokens.size, loss=loss)
     write_shards(shards, s.out_dir)
 
@@ -326,7 +322,7 @@ def encode(encode_text, pieces):
         parts = [encode_text(text) for text in texts]
         ids = list(itertools.chain(*parts))
         ends = list(itertools.accumulate(map(len, parts)))
-    flags = np.where(counts, COUNTS, 0)
+    flags = np.where(counts, IN_LOSS, 0)
     return ids, np.repeat(flags, np.diff(ends, prepend=0)).tolist()
 
 
@@ -347,7 +343,7 @@ def example(enc, record, prompt="{prompt}", completion="{completion}", words=(),
         pieces = prompt_and_completion(record, prompt, completion, words)
         ids, flags = encode(enc.encode_ordinary, pieces)
         ids = [*ids, enc.eot_token]
-        flags = [*flags, COUNTS]
+        flags = [*flags, IN_LOSS]
     # bos is context, too, and no target
     if isinstance(enc, Tokenizer):
         with_bos = enc.with_bos(ids)
@@ -399,7 +395,7 @@ def shorten(examples, size):
     truncated = 0
     for e in examples:
         short = Example(e.tokens[:size], e.flags[:size])
-        if (short.flags & COUNTS).any():
+        if (short.flags & IN_LOSS).any():
             kept.append(short)
             truncated += len(e.tokens) > size
     return kept, truncated, len(examples) - len(kept)
