@@ -1,80 +1,162 @@
 """
-Text to tokens and back. get_encoding gives one of three kinds, all with what the code uses of tiktoken.Encoding
-(n_vocab, eot_token, encode_ordinary, decode):
+A checkpoint's own tokenizer: text to tokens and back, special tokens, and conversations.
 
-- tiktoken's own, by name: "gpt2", "cl100k_base" ...; "bytes", the 256 bytes and an end-of-text token; a rank file;
-- a checkpoint's tokenizer, from its folder or one file of it: tokenizer.json (the `tokenizers` library), or
-  tokenizer.model, which is a sentencepiece model (LLaMA-2) or a tiktoken rank file (LLaMA-3);
+get_tokenizer reads it from the checkpoint's folder, or from one file of it:
+
+- tokenizer.json, which the `tokenizers` library reads;
+- tokenizer.model, a sentencepiece model (LLaMA-2) or a tiktoken rank file (LLaMA-3);
 - the same from the Hugging Face hub, by "organisation/name".
 
-A checkpoint's has more: special tokens, and the chat template that its conversations are written in.
+A Tokenizer has what the code uses of tiktoken.Encoding: n_vocab, eot_token, encode_ordinary and
+decode. It has more: special tokens, and the chat template that its conversations are written in.
+What lies beside the vocabulary (tokenizer_config.json, config.json, chat_template.jinja) says
+which tokens begin and end a text.
 """
 
 import base64
 import contextlib
 import datetime
 import functools
+import importlib
+import itertools
 import json
 import os
 import re
-import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
 import tiktoken
 
 from run.encodings import first_line, valid
 
+# what each splits a text by, before it looks for tokens
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-FILES = ["tokenizer*.json", "tokenizer.model", "chat_template.jinja", "config.json", "generation_config.json"]
+
+# the special tokens of LLaMA-3.1 that have a use, by their place after the ranks; 256 are reserved
+LLAMA3_SPECIAL = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    4: "finetune_right_pad_id",
+    6: "start_header_id",
+    7: "end_header_id",
+    8: "eom_id",
+    9: "eot_id",
+    10: "python_tag",
+}
+
+# what is fetched from the hub
+FILES = [
+    "tokenizer*.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+]
 
 
-@functools.lru_cache
 def get_tokenizer(name):
-    """The encoding of a path or hub repository: a Tokenizer, or of a rank file a tiktoken.Encoding.
+    """The tokenizer at a path or in a hub repository: a Tokenizer, or a tiktoken.Encoding.
 
-    name: a file of "base64-token rank", a checkpoint's folder, its tokenizer.json or *.model, or
-    "organisation/name" on the hub. Exits with one line if there is no such encoding."""
-    path = name if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) else _fetch(name)
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    if folder == path:
-        files = [os.path.join(path, file) for file in ("tokenizer.json", "tokenizer.model")]
-        path = next(filter(os.path.exists, files), None)
-        if path is None:
-            raise SystemExit(f"error: encoding {name}: the folder has neither tokenizer.json nor tokenizer.model")
+    name: a checkpoint's folder; its tokenizer.json or *.model; "organisation/name" on the hub; or a
+    file of "base64-token rank" lines, which by itself is a tiktoken.Encoding. Exits with one line
+    if there is no such tokenizer."""
+    # a folder or a file here goes before a repository of that name
+    path = name
+    if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        path = _fetch(name)
+    folder = path
+    if os.path.isdir(path):
+        path = _vocabulary_file(name, folder)
+    else:
+        folder = os.path.dirname(path)
+
+    # *.model is of two formats
     if path.endswith(".json"):
-        return Tokenizer(name, folder, *_json_tokenizer(path))
+        return Tokenizer(name, folder, _read_json(path))
     if path.endswith(".model") and _is_sentencepiece(path):
-        return Tokenizer(name, folder, *_sentencepiece_tokenizer(path, folder))
-    encoding = _rank_file(path)
-    return encoding if path == name else Tokenizer(name, folder, *_rank_tokenizer(encoding, folder))
+        return Tokenizer(name, folder, _read_sentencepiece(path, folder))
+    encoding = _read_ranks(path)
+    if path == name:  # a rank file alone
+        return encoding
+    return Tokenizer(name, folder, _with_special_tokens(encoding, folder))
+
+
+def _vocabulary_file(name, folder):
+    for file in ("tokenizer.json", "tokenizer.model"):
+        path = os.path.join(folder, file)
+        if os.path.exists(path):
+            return path
+    raise SystemExit(
+        f"error: encoding {name}: the folder has neither tokenizer.json nor tokenizer.model"
+    )
+
+
+def _fetch(name):
+    """The folder that a hub repository's FILES are downloaded to."""
+    from huggingface_hub import snapshot_download  # slow to import, and for hub names alone
+
+    try:
+        return snapshot_download(name, allow_patterns=FILES)
+    except Exception as e:  # its own, its HTTP client's, the file system's
+        raise SystemExit(
+            f"error: encoding {name}: no such file, and not fetched from the hub ({first_line(e)})"
+        )
+
+
+@dataclass
+class Vocabulary:
+    """What a tokenizer's own file says, in any of the formats."""
+
+    ids: dict  # {token: id}, the special ones included
+    special: set  # tokens that text may not spell
+
+    # (text, special) -> ids. special False: special tokens in it are text; True: each is its one
+    # id; None, of tokenizer.json alone: so, and after that the file's post-processor
+    encode: Callable
+    decode: Callable  # ids -> text
+
+    # where the settings beside the file do not say:
+    bos: int = None
+    eos: int = None
+    adds_bos: bool = None  # a text starts with bos; None: if the post-processor puts it there
+
+    cuts_at_spaces: bool = False  # text may be tokenised in pieces, cut as prepare_c4.blocks does
 
 
 class Tokenizer:
     """A checkpoint's own tokenizer.
 
-    name: as given to get_encoding; folder: of tokenizer_config.json and the other settings, which may be missing;
-    vocabulary: {token: id}, the special ones included; special: those that text may not spell, as a set;
-    encode: (text, whether special tokens in it count as such) -> ids; decode: ids -> text;
-    bos, eos: ids, where the settings do not say; adds_bos: likewise, whether each text starts with bos;
-    cuts_at_spaces: a text may be tokenised in pieces, cut where prepare_c4.blocks does.
+    name: as given to get_encoding. folder: of tokenizer_config.json and the other settings, each of
+    which may be missing. vocabulary: a Vocabulary.
     """
 
-    def __init__(self, name, folder, vocabulary, special, encode, decode, bos=None, eos=None, adds_bos=None,
-                 cuts_at_spaces=False):
-        self.name, self.vocabulary, self.special, self.cuts_at_spaces = name, vocabulary, special, cuts_at_spaces
-        self._encode, self.decode = encode, decode
-        self.n_vocab = max(vocabulary.values()) + 1
+    def __init__(self, name, folder, vocabulary):
+        self.name = name
+        self.vocabulary = vocabulary.ids
+        self.special = vocabulary.special
+        self.decode = vocabulary.decode
+        self.cuts_at_spaces = vocabulary.cuts_at_spaces
+        self.n_vocab = max(vocabulary.ids.values()) + 1
+        self._encode = vocabulary.encode
         self._settings = _settings(folder, "tokenizer_config.json")
+
+        # which tokens start and end a text
         model = _settings(folder, "config.json")
-        self.bos_token, self.eot_token = self._id("bos", model, bos), self._id("eos", model, eos)
+        self.bos_token = self._id("bos", model, vocabulary.bos)
+        self.eot_token = self._id("eos", model, vocabulary.eos)
         if self.eot_token is None:
-            raise SystemExit(f"error: encoding {name}: no end-of-text token: give tokenizer_config.json an eos_token")
-        adds = self._settings.get("add_bos_token")
-        adds = adds if isinstance(adds, bool) else adds_bos if adds_bos is not None else self._post_processor_adds_bos()
-        self.add_bos_token = adds and self.bos_token is not None
+            raise SystemExit(
+                f"error: encoding {name}: no end-of-text token: "
+                "give tokenizer_config.json an eos_token"
+            )
+        self.add_bos_token = self.bos_token is not None and self._adds_bos(vocabulary.adds_bos)
         self.chat_template = _chat_template(folder, self._settings)
 
     def encode_ordinary(self, text):
@@ -82,23 +164,35 @@ class Tokenizer:
         return self._encode(valid(text), False)
 
     def encode_with_special(self, text):
-        """The ids of `text`, special tokens in it, as a chat template writes them, as the one id that each has."""
+        """The ids of `text`, in which a special token, as a chat template writes it, is one id."""
         return self._encode(valid(text), True)
 
     def with_bos(self, ids):
-        """`ids` as the model expects a text to start: after bos, if the tokenizer adds one that is not there yet."""
-        return [self.bos_token, *ids] if self.add_bos_token and ids[:1] != [self.bos_token] else ids
+        """`ids` as the model expects a text to start.
+
+        That is after bos, if the tokenizer adds one, and if it is not there yet."""
+        if self.add_bos_token and ids[:1] != [self.bos_token]:
+            return [self.bos_token, *ids]
+        return ids
 
     def render(self, messages, add_generation_prompt=False):
-        """The text of `messages`, [{"role", "content"}], by the chat template; add_generation_prompt: and the start of
-        the assistant's next one. Raises ValueError with the template's reason if it does not take them."""
-        import jinja2
+        """The text of `messages`, [{"role", "content"}], by the chat template.
 
+        add_generation_prompt: with the start of the assistant's next one. Raises ValueError with
+        the template's reason if it does not take them."""
         if self.chat_template is None:
-            raise SystemExit(f"error: encoding {self.name}: has no chat template; messages need an instruct model's")
+            raise SystemExit(
+                f"error: encoding {self.name}: has no chat template; "
+                "messages need an instruct model's"
+            )
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                         documents=None, **self._token_names)
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._token_names,
+            )
         except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as e:
             raise ValueError(f"the chat template refuses it: {first_line(e)}")
 
@@ -108,29 +202,52 @@ class Tokenizer:
 
     @functools.cached_property
     def _token_names(self):
-        names = {key: _content(value) for key, value in self._settings.items() if key.endswith("_token")}
-        names = {key: value for key, value in names.items() if isinstance(value, str)}
-        of = {i: token for token, i in self.vocabulary.items()}
-        ids = {"bos_token": self.bos_token, "eos_token": self.eot_token}
-        return {key: of[i] for key, i in ids.items() if i in of} | names
+        """{"bos_token": token, ...}: what a template may ask for."""
+        # by their ids
+        names = {}
+        token_of = {i: token for token, i in self.vocabulary.items()}
+        for key, i in (("bos_token", self.bos_token), ("eos_token", self.eot_token)):
+            if i in token_of:
+                names[key] = token_of[i]
+        # those that the settings name, unk_token and others, too
+        for key, value in self._settings.items():
+            token = _content(value)
+            if key.endswith("_token") and isinstance(token, str):
+                names[key] = token
+        return names
 
     def _id(self, kind, model, default):
+        """The id of "bos" or "eos".
+
+        By the tokenizer's settings; else by config.json's, `model`; else `default`."""
         token = _content(self._settings.get(f"{kind}_token"))
         if isinstance(token, str) and token in self.vocabulary:
             return self.vocabulary[token]
-        i = model.get(f"{kind}_token_id")
-        i = i[0] if isinstance(i, list) and i else i  # LLaMA-3-Instruct stops at any of three
-        return i if isinstance(i, int) and 0 <= i < self.n_vocab else default
+        found = model.get(f"{kind}_token_id")
+        if isinstance(found, list) and found:
+            found = found[0]  # LLaMA-3-Instruct stops at any of three
+        for i in (found, default):
+            if isinstance(i, int) and 0 <= i < self.n_vocab:
+                return i
+        return None
 
-    def _post_processor_adds_bos(self):
-        return self._encode("x", None)[:1] == [self.bos_token] != self._encode("x", True)[:1]
+    def _adds_bos(self, default):
+        """Whether a text starts with bos: by the settings, `default`, or the post-processor."""
+        for adds in (self._settings.get("add_bos_token"), default):
+            if isinstance(adds, bool):  # not None
+                return adds
+        # tokenizer.json: try it
+        plain = self._encode("x", True)[:1]
+        processed = self._encode("x", None)[:1]
+        return processed == [self.bos_token] != plain
 
 
 # -----------------------------------------------------------------------------
-# the formats: each gives Tokenizer's arguments after the folder
+# tokenizer.json
 
 
-def _json_tokenizer(path):
+def _read_json(path):
+    """The Vocabulary in a tokenizer.json."""
     tokenizers = _library("tokenizers", path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
@@ -138,112 +255,203 @@ def _json_tokenizer(path):
             parts = json.load(f)
         tokenizer.no_truncation()  # the file may ask for both
         tokenizer.no_padding()
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        if not ids:
             raise ValueError("its vocabulary is empty")
     except Exception as e:  # the library raises plain Exception, and OSError without an errno
-        why = "No such file or directory" if not os.path.exists(path) else first_line(e)
-        raise SystemExit(f"error: encoding {path}: not a whole tokenizer.json ({why}); get it again")
-    added = parts.get("added_tokens") or []
+        why = first_line(e) if os.path.exists(path) else "No such file or directory"
+        raise SystemExit(
+            f"error: encoding {path}: not a whole tokenizer.json ({why}); get it again"
+        )
 
     def encode(text, special):
         tokenizer.encode_special_tokens = special is False  # as text
         return tokenizer.encode(text, add_special_tokens=special is None).ids
 
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
-    special = {token["content"] for token in added if token.get("special")}
-    return vocabulary, special, encode, decode, None, None, None, _cuts_at_spaces(parts, added)
+    added = parts.get("added_tokens") or []
+    return Vocabulary(
+        ids=ids,
+        special={token["content"] for token in added if token.get("special")},
+        encode=encode,
+        decode=functools.partial(tokenizer.decode, skip_special_tokens=False),
+        cuts_at_spaces=_cuts_at_spaces(parts, added),
+    )
 
 
 def _cuts_at_spaces(parts, added):
-    """Whether a tokenizer.json splits text as GPT-2 or LLaMA-3 does, and nothing reaches over the split."""
+    """Whether a tokenizer.json splits text as GPT-2 or LLaMA-3 does, and nothing spans a split.
+
+    parts: the file; added: the tokens that it adds to its model's."""
+    if parts.get("normalizer"):  # it may add or join spaces
+        return False
     before = parts.get("pre_tokenizer") or {}
-    before = before.get("pretokenizers", [before])
-    known = [split.replace("{1,3}", digits) for split in (GPT2_SPLIT, LLAMA3_SPLIT) for digits in ("{1,3}", "")]
-    splits = any(part.get("type") == "Split" and part["pattern"].get("Regex") in known and not part.get("invert")
-                 or part.get("type") == "ByteLevel" and part.get("use_regex", True) for part in before)
-    plain = {part.get("type") for part in before} <= {"ByteLevel", "Split", "Digits"}  # Metaspace marks each piece
-    marks = any(part.get("add_prefix_space") for part in before)
-    unsplit = any(not t.get("special") and (re.search(r"\s", t["content"]) or t.get("lstrip") or t.get("rstrip"))
-                  for t in added)
-    return splits and plain and not marks and not unsplit and not parts.get("normalizer")
+    before = before.get("pretokenizers", [before])  # of a Sequence, or the one
+    for part in before:
+        if part.get("type") not in ("ByteLevel", "Split", "Digits"):
+            return False  # Metaspace marks each piece's start
+        if part.get("add_prefix_space"):  # likewise
+            return False
+    for token in added:
+        spans = re.search(r"\s", token["content"]) or token.get("lstrip") or token.get("rstrip")
+        if spans and not token.get("special"):  # a cut before it or in it would change its text
+            return False
+    return any(map(_splits, before))
+
+
+def _splits(part):
+    """Whether a pre-tokenizer splits by GPT-2's pattern or LLaMA-3's, with digits in any groups."""
+    if part["type"] == "ByteLevel":
+        return part.get("use_regex", True)  # GPT-2's
+    if part["type"] != "Split" or part.get("invert"):
+        return False
+    pattern = part["pattern"].get("Regex")
+    for known in (GPT2_SPLIT, LLAMA3_SPLIT):
+        if pattern in (known, known.replace("{1,3}", "")):
+            return True
+    return False
+
+
+# -----------------------------------------------------------------------------
+# tokenizer.model: sentencepiece
 
 
 def _is_sentencepiece(path):
     with contextlib.suppress(OSError), open(path, "rb") as f:
-        return f.read(1) == b"\n"  # the tag of a protobuf's first field; a rank file starts with a letter of base64
+        # the tag of a protobuf's first field; a rank file starts with a letter of base64
+        return f.read(1) == b"\n"
     return False
 
 
-def _sentencepiece_tokenizer(path, folder):
+def _read_sentencepiece(path, folder):
+    """The Vocabulary in a sentencepiece model, with what the folder's settings add to it."""
     sentencepiece = _library("sentencepiece", path)
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=path)
     except Exception as e:  # RuntimeError, and OSError without an errno
-        raise SystemExit(f"error: encoding {path}: not a whole sentencepiece model ({first_line(e)}); get it again")
+        raise SystemExit(
+            f"error: encoding {path}: not a whole sentencepiece model ({first_line(e)}); "
+            "get it again"
+        )
     size = model.vocab_size()
-    vocabulary = {model.id_to_piece(i): i for i in range(size)}
-    special = {token for token, i in vocabulary.items() if model.is_control(i) or model.is_unknown(i)}
-    added = _added_tokens(folder)
-    vocabulary.update(added)
+    ids = {model.id_to_piece(i): i for i in range(size)}
+    special = {token for token, i in ids.items() if model.is_control(i) or model.is_unknown(i)}
+    added = _added_tokens(folder)  # beyond the model's size
+    ids.update(added)
     special |= added.keys()
-    pattern = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-    names = {vocabulary[token]: token for token in special}
+
+    # where two special tokens start alike, the longer one is meant
+    longest_first = sorted(special, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    name_of = {ids[token]: token for token in special}
 
     def encode(text, special):
         if not special:
             return model.encode(text)
-        pieces = enumerate(pattern.split(text))  # every second one is special
-        return [i for n, piece in pieces if piece for i in ([vocabulary[piece]] if n % 2 else model.encode(piece))]
+        found = []
+        for n, piece in enumerate(pattern.split(text)):
+            if n % 2:  # every second one is a special token
+                found.append(ids[piece])
+            elif piece:
+                found += model.encode(piece)
+        return found
+
+    def is_apart(i):
+        return i in name_of or i >= size  # a padded vocabulary's ids are in no model
 
     def decode(ids):
-        texts, run = [], []
-        for i in (*ids, None):
-            if i is None or i in names or i >= size:
-                texts += [model.decode(run)] if run else []
-                texts, run = texts + [names.get(i, "")], []
+        # what lies between special tokens is decoded as one: a character may span several ids
+        texts = []
+        for apart, run in itertools.groupby(ids, is_apart):
+            if apart:
+                texts += [name_of.get(i, "") for i in run]
             else:
-                run.append(i)
+                texts.append(model.decode(list(run)))
         return "".join(texts)
 
-    bos, eos = ((i if i >= 0 else None) for i in (model.bos_id(), model.eos_id()))
-    return vocabulary, special, encode, decode, bos, eos, True  # LlamaTokenizer's default
+    return Vocabulary(
+        ids=ids,
+        special=special,
+        encode=encode,
+        decode=decode,
+        bos=model.bos_id(),  # -1: none
+        eos=model.eos_id(),
+        adds_bos=True,  # LlamaTokenizer's default
+    )
 
 
-def _rank_file(path):
-    """The tiktoken.Encoding of a file of "base64-token rank", with LLaMA-3's split pattern and special tokens."""
+# -----------------------------------------------------------------------------
+# tokenizer.model: tiktoken's ranks
+
+
+def _read_ranks(path):
+    """The tiktoken.Encoding of a file of "base64-token rank" lines.
+
+    It splits as LLaMA-3 does, and has end-of-text where LLaMA-3 has it."""
+    ranks = {}
     try:  # not tiktoken's load_tiktoken_bpe, which answers from its cache when the file has changed
         with open(path, "rb") as f:
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, f)}
+            for line in f:
+                token, rank = line.split()
+                ranks[base64.b64decode(token)] = int(rank)
     except OSError as e:
         names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
-        raise SystemExit(f"error: encoding {path}: not one of {names}, and as a file or folder: {e.strerror}")
+        raise SystemExit(
+            f"error: encoding {path}: not one of {names}, and as a file or folder: {e.strerror}"
+        )
     except ValueError:
         ranks = {}
     n = len(ranks)
-    if sorted(ranks.values()) != list(range(n)) or any(bytes([b]) not in ranks for b in range(256)):
-        raise SystemExit(f'error: encoding {path}: expected lines "base64-token rank", ranks 0, 1, ..., and every byte')
-    special = ["<|begin_of_text|>", "<|endoftext|>", *(f"<|reserved_{i}|>" for i in range(254))]  # LLaMA-3's places
-    special = {token: n + i for i, token in enumerate(special)}
-    return tiktoken.Encoding(path, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+    lacks_a_byte = any(bytes([b]) not in ranks for b in range(256))
+    if lacks_a_byte or sorted(ranks.values()) != list(range(n)):
+        raise SystemExit(
+            f'error: encoding {path}: expected lines "base64-token rank", ranks 0, 1, ..., '
+            "and every byte"
+        )
+    # 256 of them, as in LLaMA-3; tiktoken's eot_token is the one that has this name
+    special = {"<|begin_of_text|>": n, "<|endoftext|>": n + 1}
+    for i in range(254):
+        special[f"<|reserved_{i}|>"] = n + 2 + i
+    return tiktoken.Encoding(
+        path, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
-def _rank_tokenizer(encoding, folder):
-    """As above, the special tokens by the names that the folder's settings or else LLaMA-3.1's give to their places."""
+def _with_special_tokens(encoding, folder):
+    """The Vocabulary of a checkpoint's rank file, its special tokens by their names.
+
+    encoding: as _read_ranks gives it. The folder's settings name the tokens' places; else they are
+    LLaMA-3.1's."""
     first = encoding.n_vocab - 256
     names = {first + i: f"<|reserved_special_token_{i}|>" for i in range(256)}
-    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id",
-             8: "eom_id", 9: "eot_id", 10: "python_tag"}
-    names.update({first + place: f"<|{token}|>" for place, token in named.items()})
-    names.update({i: token for token, i in _added_tokens(folder).items() if first <= i < first + 256})
+    for place, token in LLAMA3_SPECIAL.items():
+        names[first + place] = f"<|{token}|>"
+    # the settings' names go before LLaMA-3.1's
+    for token, i in _added_tokens(folder).items():
+        if first <= i < first + 256:
+            names[i] = token
     special = {token: i for i, token in names.items()}
+
+    # the same encoding, with these names
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(first)}
-    whole = tiktoken.Encoding(encoding.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+    whole = tiktoken.Encoding(
+        encoding.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=special
+    )
 
     def encode(text, special):
-        return whole.encode(text, allowed_special="all") if special else whole.encode_ordinary(text)
+        if special:
+            return whole.encode(text, allowed_special="all")
+        return whole.encode_ordinary(text)
 
-    return ranks | special, set(special), encode, whole.decode, first, first + 1, True, True
+    return Vocabulary(
+        ids=ranks | special,
+        special=set(special),
+        encode=encode,
+        decode=whole.decode,
+        bos=first,
+        eos=first + 1,
+        adds_bos=True,
+        cuts_at_spaces=True,  # it splits by LLaMA-3's pattern
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -251,19 +459,13 @@ def _rank_tokenizer(encoding, folder):
 
 
 def _library(name, path):
+    """A library that only some checkpoints need, and that may be missing."""
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError:
-        raise SystemExit(f"error: encoding {path}: reading it takes the {name} library: pip install {name}")
-
-
-def _fetch(name):
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, allow_patterns=FILES)
-    except Exception as e:  # its own, its HTTP client's, the file system's
-        raise SystemExit(f"error: encoding {name}: no such file, and not fetched from the hub ({first_line(e)})")
+        raise SystemExit(
+            f"error: encoding {path}: reading it takes the {name} library: pip install {name}"
+        )
 
 
 def _settings(folder, file):
@@ -283,50 +485,71 @@ def _settings(folder, file):
 
 
 def _content(token):
+    """A token's text; settings give it plainly, or as an object that has more to say of it."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _added_tokens(folder):
     """{token: id} of what the settings add to a vocabulary that has no place for it."""
+    added = _settings(folder, "added_tokens.json")
     listed = _settings(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
-    return _settings(folder, "added_tokens.json") | {_content(token): int(i) for i, token in listed.items()}
+    for i, token in listed.items():
+        added[_content(token)] = int(i)
+    return added
+
+
+# -----------------------------------------------------------------------------
+# chat templates
 
 
 def _chat_template(folder, settings):
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "chat_template.jinja"),
-                                                      encoding="utf-8") as f:
+    """The chat template's source, of its own file or in tokenizer_config.json, or None."""
+    path = os.path.join(folder, "chat_template.jinja")
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
         return f.read()
     template = settings.get("chat_template")
-    if isinstance(template, list):  # named ones, for tools or retrieval
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if isinstance(template, list):  # named ones; others are for tools or retrieval
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        return by_name.get("default")
     return template
 
 
+class Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, which only marks what the assistant says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
 def _compile(name, template):
-    """A jinja2 template in the environment that transformers gives it: sandboxed, for it is a stranger's program."""
-    import jinja2.ext
-    import jinja2.sandbox
+    """A chat template as a jinja2 template, in the environment that transformers gives it.
 
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}, which only marks what the assistant says."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
+    It is sandboxed, for a template is a stranger's program."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    # jinja2's own tojson escapes HTML
-    environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
-        json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as e:
         raise SystemExit(f"error: encoding {name}: its chat template is damaged: {first_line(e)}")
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON without HTML's escapes, which jinja2's own filter makes."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message):
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern):
+    return datetime.datetime.now().strftime(pattern)
