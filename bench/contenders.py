@@ -137,7 +137,7 @@ class Training:
         for basis in bases:
             basis.next_refresh = 0  # ours: by Projection's schedule
             basis.ortho_matrix = None  # the peers': they take a basis where they have none
-        # of how many there are, and of how long they take in all, the mean
+        # the mean of all refreshes in one step
         self.phases.seconds["refresh"] = 0.0
         before = self.phases.refreshes
         self.step()
