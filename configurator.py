@@ -31,6 +31,10 @@ class Settings(SimpleNamespace):
     def as_dict(self):
         return {name: value for name, value in vars(self).items() if name != "given"}
 
+    def changed(self, **values):
+        """A copy with other values."""
+        return Settings(**(vars(self) | values))
+
 
 class Allowed:
     """The values that a setting may take, as an annotation."""

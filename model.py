@@ -1,68 +1,93 @@
 """
-LLaMA and its relatives, whose linear layers may be QLinear: INT8 weights with no float copy.
+LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
 
-    RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU, pre-norm, no biases   (arXiv 2302.13971)
+    RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
-Mistral slides a window over the keys, Qwen2 has biases on queries, keys and values, Gemma a gelu, wider heads, a scaled
-embedding, and in version 2 more norms and soft caps: a field of LLaMAConfig each.
+Pre-norm, no biases. Its relatives are a field of LLaMAConfig each: Mistral slides a window over the
+keys, Qwen2 has biases on queries, keys and values, Gemma a gelu, wider heads and a scaled
+embedding, Gemma 2 more norms and soft caps.
 
-Where the bytes go, 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In bf16 they and a
-gradient each take 24 GiB before any optimizer. A QLinear keeps 1 byte a weight (6.2 GiB with scales), makes a float
-copy for one product at a time, and in backward never forms its gradient: it hands the gradient's two factors, x and dy,
-to a hook that the optimizer sets (see qgalore.py).
+Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
+bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte
+a weight, 6.2 GiB with scales, and makes a float copy for one product at a time. In backward it
+never forms its gradient: it hands the gradient's two factors, x and dy, to a hook that the
+optimizer sets (see qgalore.py).
 """
 
 import re
 import warnings
-from dataclasses import dataclass, fields
+import weakref
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from finetune.adapters import adapter, put_low_rank
-from kernels.quantized import add_low_rank_int8_, dequantize_int8, matmul_int8, matmul_transposed_int8
-from kernels.layers import GLU, Checkpoint, HeadLoss, RMSNorm, Rotate, attend, attention_mask, head_logits, last, rope
-from quant import GROUP_SIZE, chunks, dequantize_nf4, quantize_int8, quantize_nf4
+from kernels.attention import attend, attention_mask, last, rope
+from kernels.lean import geglu, head_logits, head_loss, rms_norm, swiglu
+from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
+                   matmul_int8, matmul_transposed_int8, quantize_int8, quantize_nf4)
 
 INIT_STD = 0.02
-BUFFERS = {4: ("packed", "absmax", "absmax_scale", "absmax_mean"), 8: ("q", "scale", "zero"), 16: ("weight",)}
+
+# -----------------------------------------------------------------------------
+# matrices in few bits
 
 
 class QMatrix(nn.Module):
-    """W (out_features, in_features) in 8 bits, group-wise; in 4 (NF4); or with bits=16 plainly in `dtype`. It lies in
-    buffers, since an INT8 tensor cannot require grad: q, scale, zero (see quant.py), or weight."""
+    """A matrix W (out_features, in_features) in few bits.
 
-    def __init__(self, out_features, in_features, bits=8, group_size=GROUP_SIZE, dtype=None, device=None):
+    bits 8: group-wise INT8. bits 4: NF4. bits 16: plainly in `dtype`. W lies in buffers, since an
+    INT8 tensor cannot require grad: q, scale, zero (see quant.py), or NF4's four, or weight."""
+
+    BUFFERS = {
+        4: ("packed", "absmax", "absmax_scale", "absmax_mean"),
+        8: ("q", "scale", "zero"),
+        16: ("weight",),
+    }
+
+    def __init__(self, out_features, in_features, bits=8, group_size=GROUP_SIZE, dtype=None,
+                 device=None):
         super().__init__()
-        if bits not in BUFFERS:
+        if bits not in self.BUFFERS:
             raise ValueError(f"weights have 4, 8 or 16 bits, not {bits}")
-        self.out_features, self.in_features, self.bits, self.group_size = out_features, in_features, bits, group_size
-        self.set_weight(torch.empty(out_features, in_features, dtype=dtype, device=device).normal_(std=INIT_STD))
+        self.out_features = out_features
+        self.in_features = in_features
+        self.bits = bits
+        self.group_size = group_size
+        w = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self.set_weight(w.normal_(std=INIT_STD))
 
     def set_weight(self, w):
-        """Take w (out_features, in_features), any float dtype; with bits=16 it is kept as it is, not copied."""
-        if self.bits == 4:
-            codes = [w] * 4 if w.is_meta else quantize_nf4(w)  # bitsandbytes needs numbers
+        """Take w (out_features, in_features), any float dtype; with bits=16 it is not copied."""
+        if self.bits == 8:
+            codes = quantize_int8(w, self.group_size)
+        elif self.bits == 16:
+            codes = [w]
+        elif w.is_meta:  # bitsandbytes needs numbers
+            codes = [w] * 4
         else:
-            codes = quantize_int8(w, self.group_size) if self.bits == 8 else [w]
-        for name, tensor in zip(BUFFERS[self.bits], codes):
+            codes = quantize_nf4(w)
+        for name, tensor in zip(self.BUFFERS[self.bits], codes):
             self.register_buffer(name, tensor)
 
     def base_weight(self, dtype=torch.float32):
         """W in `dtype`, without an adapter."""
-        if self.bits == 4:
-            codes = (self.packed, self.absmax, self.absmax_scale, self.absmax_mean)
-            return dequantize_nf4(*codes, (self.out_features, self.in_features), dtype)
-        return dequantize_int8(self.q, self.scale, self.zero, dtype) if self.bits == 8 else self.weight.to(dtype)
+        if self.bits == 8:
+            return dequantize_int8(self.q, self.scale, self.zero, dtype)
+        if self.bits == 16:
+            return self.weight.to(dtype)
+        codes = (self.packed, self.absmax, self.absmax_scale, self.absmax_mean)
+        return dequantize_nf4(*codes, (self.out_features, self.in_features), dtype)
 
     float_weight = base_weight
 
 
 class QEmbedding(QMatrix):
-    """A frozen embedding, or a frozen head, in INT8: 1.0 GiB less of LLaMA-3-8B. Makes float what it is asked for:
-    the rows of tokens, or SLICE rows at a time of all."""
+    """A frozen embedding or head in INT8: 1.0 GiB less of LLaMA-3-8B.
+
+    Makes float what it is asked for: the rows of tokens, or SLICE rows of all at a time."""
 
     SLICE = 8192  # 64 MiB in bfloat16 at a width of 4096
 
@@ -71,8 +96,9 @@ class QEmbedding(QMatrix):
         self.dtype = dtype
 
     def forward(self, idx):
-        return dequantize_int8(*(t[idx.flatten()] for t in (self.q, self.scale, self.zero)), self.dtype).view(
-            *idx.shape, -1)
+        rows = idx.flatten()
+        w = dequantize_int8(self.q[rows], self.scale[rows], self.zero[rows], self.dtype)
+        return w.view(*idx.shape, -1)
 
     def slices(self, dtype):
         """(slice of rows, these rows in `dtype`), one after the other."""
@@ -84,20 +110,29 @@ class QEmbedding(QMatrix):
 class QLinear(QMatrix):
     """y = x W^T + b, W a QMatrix. bias: a parameter b, float32, or none.
 
-    Backward gives the input's gradient, then calls hook(layer, x, dy), if one is set, with x (T, in_features) and
-    dy (T, out_features); the weight's gradient is dy^T x. Without a hook the weight stays as it is.
+    Backward gives the input's gradient. Then it calls hook(x, dy), if one is set, with
+    x (T, in_features) and dy (T, out_features): the weight's gradient is dy^T x. Without a hook the
+    weight stays as it is, as it does where `trains` is False.
 
-    matmul "int8" rounds x and dy to 8 bits in the products with W (see quant.py); the hook gets them unrounded.
-    """
+    uses: forwards that still have their backward to come. A layer that a model uses twice has its
+    whole gradient only when this is empty.
 
-    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE, dtype=None, device=None,
-                 matmul="float"):
+    matmul "int8" rounds x and dy to 8 bits in products with W (see quant.py); the hook gets them
+    unrounded. adapter: a module beside W that adds adapter(x), such as LoRA."""
+
+    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE,
+                 dtype=None, device=None, matmul="float"):
         super().__init__(out_features, in_features, bits, group_size, dtype, device)
         if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
-            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits")
-        self.matmul, self.hook = matmul, None
+            raise ValueError(
+                f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits"
+            )
+        self.matmul = matmul
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
-        self.adapter = None  # of adapters.py
+        self.adapter = None
+        self.trains = True
+        self.hook = None
+        self.uses = weakref.WeakSet()  # a forward whose result is thrown away leaves by itself
 
     def float_weight(self, dtype=torch.float32):
         """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
@@ -106,60 +141,123 @@ class QLinear(QMatrix):
         return (self.base_weight() + self.adapter.delta()).to(dtype)
 
     def add_low_rank_(self, left, right, shrink=1.0, key=None):
-        """W <- shrink * W + left @ right^T, without right + left; arguments as for quant.add_low_rank_int8_, which
-        rounds INT8 weights."""
+        """W <- shrink * W + left @ right^T, or + left where right is None.
+
+        left (out, r) and right (in, r), or left (out, in): of one float dtype. key: of the numbers
+        that round INT8 weights, see quant.add_low_rank_int8_; None rounds to nearest."""
         if self.bits == 8:
             add_low_rank_int8_(self.q, self.scale, self.zero, left, right, shrink, key)
         elif right is None:
             self.weight.mul_(shrink).add_(left)
         else:
-            self.weight.addmm_(left.to(self.weight.dtype), right.T.to(self.weight.dtype), beta=shrink)
+            left, right = left.to(self.weight.dtype), right.to(self.weight.dtype)
+            self.weight.addmm_(left, right.T, beta=shrink)
 
     def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # else a model's first layer has no backward, and no hook
+            x = x.detach().requires_grad_()  # else a model's first layer has no backward, no hook
         y = _QLinearFunction.apply(x, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y if self.adapter is None else y + self.adapter(x)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
+        return y
+
+
+class _Use:
+    """Stands for one forward of a QLinear while its backward may come."""
 
 
 class _QLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        if layer.hook is not None:
+        ctx.use = _Use()
+        if layer.hook is not None and ctx.needs_input_grad[0]:
             ctx.save_for_backward(x)
+            layer.uses.add(ctx.use)
         if layer.matmul == "int8":
-            return matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero).unflatten(0, x.shape[:-1])
+            y = matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero)
+            return y.unflatten(0, x.shape[:-1])
         return F.linear(x, layer.base_weight(x.dtype))
 
     @staticmethod
     def backward(ctx, dy):
         layer = ctx.layer
+        saved = ctx.saved_tensors
         if layer.matmul == "int8":
             dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero)
             dx = dx.unflatten(0, dy.shape[:-1])
         else:
             dx = dy @ layer.base_weight(dy.dtype)
-        if ctx.saved_tensors:  # after dx, because the hook steps the weight
-            layer.hook(layer, ctx.saved_tensors[0].flatten(0, -2), dy.flatten(0, -2))
+        if saved:  # after dx, because the hook steps the weight
+            layer.uses.discard(ctx.use)
+            layer.hook(layer, saved[0].flatten(0, -2), dy.flatten(0, -2))
         return dx, None
 
 
 def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
-    """Put a QLinear in the place of every torch Linear of `model` whose name matches the regular expression `pattern`
-    (re.search; "" matches all), one after the other. Returns their names; raises ValueError if there is none."""
-    names = [n for n, module in model.named_modules() if type(module) is nn.Linear and re.search(pattern, n)]
-    for name in names:
-        old = model.get_submodule(name)
-        layer = QLinear(old.in_features, old.out_features, bits=bits, group_size=group_size, device="meta")
-        layer.set_weight(old.weight.detach())
-        layer.bias = old.bias
-        model.set_submodule(name, layer)
+    """Put a QLinear in the place of torch's Linears of `model`, one after the other.
+
+    pattern: a regular expression that their names match (re.search; "" matches all). A Linear that
+    does not require grad becomes a QLinear that does not train. Returns the names; raises
+    ValueError if there is none."""
+    names = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and re.search(pattern, name):
+            names.append(name)
     if not names:
         raise ValueError(f"no torch Linear in the model has a name that matches {pattern!r}")
+    for name in names:
+        old = model.get_submodule(name)
+        shape = old.in_features, old.out_features
+        layer = QLinear(*shape, bits=bits, group_size=group_size, device="meta")
+        layer.set_weight(old.weight.detach())
+        layer.bias = old.bias
+        layer.trains = old.weight.requires_grad
+        model.set_submodule(name, layer)
     return names
+
+
+# -----------------------------------------------------------------------------
+# what lies between the matrices
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32; so is the weight, where a step of 1e-3 on 1 counts."""
+
+    def __init__(self, dim, eps, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GLU(nn.Module):
+    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; with "gelu" Gemma's, by tanh."""
+
+    def __init__(self, activation="silu"):
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, gate, up):
+        return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up)
+
+
+class Rotate(nn.Module):
+    """RoPE on x (..., T, hs), the two halves of a head as a pair's coordinates, as Hugging Face."""
+
+    def forward(self, x, cos, sin):
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+# -----------------------------------------------------------------------------
+# the model
 
 
 @dataclass
@@ -172,7 +270,7 @@ class LLaMAConfig:
     n_embd: int = 512
     ffn_dim: int = 1376
     rope_theta: float = 10000.0
-    rope_scaling: str = ""  # see layers.rope
+    rope_scaling: str = ""  # see rope()
     norm_eps: float = 1e-6
     tie_embedding: bool = False
     head_dim: int = 0  # 0: n_embd / n_head
@@ -185,25 +283,30 @@ class LLaMAConfig:
     post_norms: bool = False  # norms after attention and MLP, too
     sliding_window: int = 0  # keys that a token sees, itself among them; 0: all before it
     global_every: int = 0  # with a window: every n-th layer sees all keys; 0: none does
-    low_rank: str = ""  # "NAME=RANK ...": matrices of blocks that are two factors (welore.py)
-    architecture: str = "LlamaForCausalLM"  # as Hugging Face names it, for hf.py
-    checkpoint_activations: bool = False  # keep only the blocks' inputs, compute the rest again in backward
+    low_rank: str = ""  # matrices that are put as two factors afterwards, see finetune/adapters.py
+    architecture: str = "LlamaForCausalLM"  # as Hugging Face names it
+    checkpoint_activations: bool = False  # keep only blocks' inputs, make the rest in backward
     checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
 
     def __post_init__(self):
         if not self.head_dim and self.n_embd % self.n_head == 0:
             self.head_dim = self.n_embd // self.n_head
         if not self.head_dim or self.head_dim % 2 or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size, "
-                             f"and n_head a multiple of n_kv_head {self.n_kv_head}")
-        self.ranks = {name: int(rank) for name, _, rank in (part.rpartition("=") for part in self.low_rank.split())}
+            raise ValueError(
+                f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size, "
+                f"and n_head a multiple of n_kv_head {self.n_kv_head}"
+            )
 
 
 class Attention(nn.Module):
     def __init__(self, c, linear):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
-        self.block_size, self.softcap, self.scale = c.block_size, c.attn_softcap, c.attn_scale or c.head_dim**-0.5
+        self.n_head = c.n_head
+        self.n_kv_head = c.n_kv_head
+        self.head_dim = c.head_dim
+        self.block_size = c.block_size
+        self.softcap = c.attn_softcap
+        self.scale = c.attn_scale or c.head_dim**-0.5
         self.q_proj = linear(c.n_embd, c.n_head * c.head_dim, c.qkv_bias)
         self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
@@ -215,12 +318,15 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nk, T, hs)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        q = self.rotate(q, cos, sin)
+        k = self.rotate(k, cos, sin)
         if cache is not None:
-            if "k" in cache:  # (of one row: the beginning that all rows share)
+            if "k" in cache:  # of one row, where all rows begin alike
                 k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)
                 v = torch.cat([cache["v"].expand(B, -1, -1, -1), v], dim=2)
-            cache["k"], cache["v"] = last(k, self.block_size - 1, 2), last(v, self.block_size - 1, 2)
+            # with a new token's own, block_size - 1 keys are block_size; RoPE sees only distances
+            cache["k"] = last(k, self.block_size - 1, 2)
+            cache["v"] = last(v, self.block_size - 1, 2)
         y = attend(q, k, v, self.scale, self.softcap, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -241,77 +347,89 @@ class Block(nn.Module):
     def __init__(self, c, linear, number, device=None):
         super().__init__()
         norm = partial(RMSNorm, c.n_embd, c.norm_eps, device)
-        self.slides = bool(c.sliding_window) and not (c.global_every and (number + 1) % c.global_every == 0)
-        self.attn_norm, self.attn = norm(), Attention(c, linear)
-        self.mlp_norm, self.mlp = norm(), MLP(c, linear)
-        self.attn_post_norm, self.mlp_post_norm = (norm() if c.post_norms else nn.Identity() for _ in range(2))
+        is_global = c.global_every and (number + 1) % c.global_every == 0
+        self.slides = bool(c.sliding_window) and not is_global
+        self.attn_norm = norm()
+        self.attn = Attention(c, linear)
+        self.mlp_norm = norm()
+        self.mlp = MLP(c, linear)
+        self.attn_post_norm = norm() if c.post_norms else nn.Identity()
+        self.mlp_post_norm = norm() if c.post_norms else nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, mask, cache))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class Checkpoint(torch.autograd.Function):
+    """A block of which only the input is kept: backward makes the rest again.
+
+    bits 8 keeps the input in INT8: 0.5 in place of 1 GiB at 7B with 16 x 256 tokens."""
+
+    @staticmethod
+    def forward(ctx, x, block, bits, *args):
+        ctx.block, ctx.args = block, args
+        ctx.shape, ctx.dtype, ctx.bits = x.shape, x.dtype, bits
+        kept = quantize_int8(x.flatten(0, -2)) if bits == 8 else (x,)
+        ctx.save_for_backward(*kept)
+        return block(x, *args)
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept = ctx.saved_tensors
+        if ctx.bits == 8:
+            x = dequantize_int8(*kept, dtype=ctx.dtype).view(ctx.shape)
+        else:
+            x = kept[0].detach()
+        x.requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x, *ctx.args)
+        torch.autograd.backward(y, dy)  # steps the block's weights
+        return x.grad, *[None] * (2 + len(ctx.args))
 
 
 class LLaMA(nn.Module):
-    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, bias, device=, dtype=): QLinear, a
-    partial of it, or plain_linear for full-rank training. Layers are built one after the other on
-    `device`, so with QLinear at most one weight exists in float. dtype: of embedding and head (and float weights).
-    embedding: makes both of (vocab_size, n_embd, device=, dtype=): a QEmbedding, or plain_embedding, to be trained."""
+    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, bias, device=,
+    dtype=): QLinear, a partial of it, or plain_linear for full-rank training. Layers are built one
+    after the other on `device`, so with QLinear at most one weight exists in float.
+
+    dtype: of embedding and head, and of float weights. embedding: makes both of (vocab_size,
+    n_embd, device=, dtype=): QEmbedding, or plain_embedding, which is trained."""
 
     def __init__(self, config, linear=QLinear, device=None, dtype=torch.float32, embedding=None):
         super().__init__()
         self.config = c = config
         layer = partial(linear, device=device, dtype=dtype)
-        embedding = partial(embedding or plain_embedding, c.vocab_size, c.n_embd, device=device, dtype=dtype)
-        self.embed = embedding()
+        embedding = embedding or plain_embedding
+        self.embed = embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
         self.blocks = nn.ModuleList(Block(c, layer, i, device) for i in range(c.n_layer))
-        put_low_rank(self, c.ranks, dtype, device)
         self.norm = RMSNorm(c.n_embd, c.norm_eps, device)
-        self.head = self.embed if c.tie_embedding else embedding()  # of which only the rows are used
-
-    @classmethod
-    def from_settings(cls, settings, device, dtype, load=None):
-        """The model that a run's settings (train.py's, a dict) describe: torch's Linear for full rank, else QLinear,
-        with adapters for LoRA and LoQT. A checkpoint that is tuned by LoRA has nothing else to train. load: fills the
-        model, which is then built on "meta"."""
-        c, method = settings, settings["method"]
-        config = LLaMAConfig(**{f.name: c[f.name] for f in fields(LLaMAConfig) if f.name in c})
-        linear = plain_linear
-        if method not in ("adamw", "adam8bit"):
-            linear = partial(QLinear, bits=c["weight_bits"], group_size=c["weight_group_size"],
-                             matmul=c.get("matmul", "float"))  # a checkpoint may be older than this key
-        embedding = partial(QEmbedding, group_size=c["weight_group_size"]) if c.get("embed_bits") == 8 else None
-        model = cls(config, linear, "meta" if load else device, dtype, embedding)
-        if load:
-            load(model)
-        if c.get("freeze_embedding") or method == "welore":
-            model.embed.requires_grad_(False), model.head.requires_grad_(False)
-        if method in ("lora", "qlora") and c.get("pretrained"):
-            model.requires_grad_(False)
-        if method in ("lora", "qlora", "relora", "loqt"):
-            for layer in [module for module in model.modules() if isinstance(module, QLinear)]:
-                layer.adapter = adapter(layer.out_features, layer.in_features, c, dtype, device)
-        return model
+        if c.tie_embedding:
+            self.head = self.embed
+        else:  # of which only the rows are used
+            self.head = embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
 
     def hidden(self, idx, caches=None, position=0, documents=None):
-        """The last norm's output (B, T, C) for tokens idx (B, T) int64. caches: one dict a block, filled as it goes,
-        for the `position` tokens seen before idx; of one row, if all rows of idx share them. documents: (B, T) int64: a
-        token sees only tokens of its own number, so that a row may hold several texts, or padding at its left."""
-        T, c = idx.shape[1], self.config
+        """The last norm's output (B, T, C) for tokens idx (B, T) int64.
+
+        caches: one dict a block, filled as it goes, for the `position` tokens seen before idx; of
+        one row, if all rows of idx share them. documents (B, T) int64: a token sees only tokens of
+        its own number, so that a row may hold several texts, or padding at its left."""
+        T = idx.shape[1]
+        c = self.config
         x = self.embed(idx)  # (B, T, C)
-        if c.embed_scale != 1:
-            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)  # rounded to x's dtype first, as in Gemma's own code
+        if c.embed_scale != 1:  # rounded to x's dtype first, as in Gemma's own code
+            x = x * torch.tensor(c.embed_scale, dtype=x.dtype)
         if torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # frozen embedding: the blocks have a backward all the same
         past = caches[0]["k"].shape[2] if caches and "k" in caches[0] else 0
-        seen = caches[0].get("documents") if past else None
-        if seen is not None or past and documents is not None:  # where one of the two is not given, its text goes on
-            seen = (documents[:, :1].expand(-1, past) if seen is None else seen).expand(len(idx), -1)
-            documents = torch.cat([seen, seen[:, -1:].expand(-1, T) if documents is None else documents], dim=1)
-        if caches and documents is not None:
-            caches[0]["documents"] = last(documents, c.block_size - 1, 1)
+        if caches:
+            documents = self._all_documents(caches[0], documents, len(idx), past, T)
         most = c.block_size if past else T  # keys that a token may see
-        masks = [attention_mask(past, T, min(most, window or most), documents, x.device)
-                 for window in (0, c.sliding_window)]
+        masks = []  # of all keys, of a window
+        for window in (most, c.sliding_window or most):
+            masks.append(attention_mask(past, T, min(most, window), documents, x.device))
         cos, sin = rope(position, T, c, x)
         for i, block in enumerate(self.blocks):
             mask = masks[block.slides]
@@ -321,48 +439,49 @@ class LLaMA(nn.Module):
                 x = block(x, cos, sin, mask, caches[i] if caches else None)
         return self.norm(x)
 
+    def _all_documents(self, cache, documents, B, past, T):
+        """documents (B, past + T) of the cached tokens and the new ones; None if none has any.
+
+        Where one of the two is not given, the other's text goes on."""
+        seen = cache.get("documents") if past else None
+        if seen is not None or past and documents is not None:
+            if seen is None:
+                seen = documents[:, :1].expand(-1, past)
+            seen = seen.expand(B, -1)
+            if documents is None:
+                documents = seen[:, -1:].expand(-1, T)
+            documents = torch.cat([seen, documents], dim=1)
+        if documents is not None:
+            cache["documents"] = last(documents, self.config.block_size - 1, 1)
+        return documents
+
     def _head_rows(self):
+        """The head's weight (V, C): a tensor, or a QEmbedding."""
         return self.head if isinstance(self.head, QEmbedding) else self.head.weight
 
     def logits(self, h):
         """Logits (..., vocab_size), float32, of hidden states h (..., C)."""
-        logits, cap = head_logits(h, self._head_rows()), self.config.logit_softcap
+        logits = head_logits(h, self._head_rows())
+        cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, idx, targets=None, caches=None, position=0, documents=None):
-        """idx, targets: (B, T) int64, target -1 counts for nothing. With targets the mean loss in nats a token;
-        without, the last position's logits (B, vocab_size), float32. The rest as in hidden()."""
+        """The mean loss in nats a token, or without targets the last position's logits.
+
+        idx, targets: (B, T) int64; a target of -1 counts for nothing. Logits are (B, vocab_size),
+        float32. The rest as in hidden()."""
         x = self.hidden(idx, caches, position, documents)
         if targets is None:
             return self.logits(x[:, -1])
-        x, targets = x.flatten(0, 1), targets.flatten()
-        if documents is not None:  # examples, of which few tokens may count: no logits of the others
+        x = x.flatten(0, 1)  # (B T, C)
+        targets = targets.flatten()
+        if documents is not None:  # examples, of which few tokens count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
             x, targets = x[at], targets[at]
-        return HeadLoss.apply(x, self._head_rows(), targets, self.config.logit_softcap, torch.is_grad_enabled())
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """Yield max_new_tokens times the next token of each row, (B, 1) int64, sampled after the prompt idx (B, T).
-
-        temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all tokens in; else the k likeliest, and of those
-        the fewest whose probabilities sum to top_p. Each token costs one position's work: keys and values are kept."""
-        caches = [{} for _ in self.blocks]
-        idx, position = idx[:, -self.config.block_size :], 0
-        for _ in range(max_new_tokens):
-            logits = self(idx, caches=caches, position=position)  # (B, V)
-            position += idx.shape[1]
-            if temperature == 0:
-                idx = logits.argmax(dim=-1, keepdim=True)
-            else:
-                logits, token = (logits / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted
-                p = logits.softmax(dim=-1)
-                p[p.cumsum(dim=-1) - p >= top_p] = 0  # never the first, whose sum of larger ones is 0
-                idx = token.gather(1, torch.multinomial(p, 1, generator=generator))
-            yield idx
+        return head_loss(x, self._head_rows(), targets, self.config.logit_softcap)
 
     def compile_pointwise(self):
-        """torch.compile what lies between the matrices, each a few passes over memory in one."""
+        """torch.compile what lies between the matrices: a few passes over memory become one."""
         try:
             torch.compile(lambda x: x.sin() * x)(self.norm.weight.detach())
         except Exception as e:  # no C++ compiler, no Triton
@@ -374,10 +493,12 @@ class LLaMA(nn.Module):
                 module.compile()
 
     def flops_per_token(self):
-        """Of forward and backward, by the usual count 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""
+        """Of forward and backward: 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""
         c = self.config
-        block = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim + 3 * c.n_embd * c.ffn_dim
-        return 6 * (c.n_layer * block + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim
+        block = attention + 3 * c.n_embd * c.ffn_dim
+        n = c.n_layer * block + c.n_embd * c.vocab_size
+        return 6 * n + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
 
 def plain_embedding(vocab_size, dim, device=None, dtype=None):
@@ -388,9 +509,10 @@ def plain_embedding(vocab_size, dim, device=None, dtype=None):
 
 
 def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
-    """torch's Linear, started from the draws that start a QLinear: a seed gives every method one model."""
+    """torch's Linear, started by the draws that start a QLinear: a seed gives all one model."""
     layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
-    layer.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device).normal_(std=INIT_STD))
+    w = torch.empty(n_out, n_in, dtype=dtype, device=device)
+    layer.weight = nn.Parameter(w.normal_(std=INIT_STD))
     if bias:
         layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
     return layer

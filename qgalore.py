@@ -1,73 +1,81 @@
 """
-Q-GaLore (arXiv 2407.08296): 8-bit Adam on low-rank gradients of INT8 weights, each weight stepped inside backward.
+Q-GaLore (arXiv 2407.08296): 8-bit Adam on low-rank gradients of INT8 weights, inside backward.
 
-The gradient of W (out x in) over T tokens is G = dy^T x. Take the side of W that is smaller (the input side of a square
-matrix), an orthonormal basis P of r directions of that side, and let Adam see only the gradient within them:
+The gradient of W (out x in) over T tokens is G = dy^T x. Take the side of W that is smaller (the
+input side of a square matrix), an orthonormal basis P of r directions of that side, and let Adam
+see only the gradient within them:
 
     out >= in:  R = P^T G^T    dW = -lr * scale * N^T P^T          N = Adam(R)
     out <  in:  R = P^T G      dW = -lr * scale * P N
 
-G is never formed. With `a` the factor on the projected side (x, or dy) and `b` the other, both cases are one product of
-thin matrices, R = (a P)^T b, at r = d/4 two to three times fewer operations than G alone. It is linear in the tokens,
-so micro-batches and GPUs add up in R. A row of R is one direction of the basis, so that the groups which share
-a scale in INT8 do not mix strong directions with weak ones.
+G is never formed. With `a` the factor on the projected side (x, or dy) and `b` the other, both are
+one product of thin matrices, R = (a P)^T b: two to three times fewer operations than G alone at
+r = d/4. R is linear in the tokens, so micro-batches and GPUs add up in it. A row of R is one
+direction of the basis, so that a group which shares a scale in INT8 does not mix strong directions
+with weak ones.
 
-P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has come to rest doubles
-its own gap, and stops paying for refreshes (section 3.2).
+P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has
+come to rest doubles its own gap, and stops paying for refreshes (section 3.2).
 
-That is --method=qgalore. train.py's default makes another step of the same R and P, Muon's; that and others: family.py.
-
-What differs from the well-known galore-torch and q-galore-torch: accumulation, all parameters train, the update is
-added in float32 before it is rounded, a randomised range finder takes the place of the full SVD, similarity compares
-subspaces and not the first vector with its sign, and the state can be saved.
+Read on in this order: Projection, the basis and its schedule; ProjectedWeight and Parameter, the
+two kinds of tensors that are trained; QGaLore, the optimizer. Adam's step on moments of 8 bits is in
+kernels/moments.py. Other rules on the same R and P are subclasses of ProjectedWeight: methods/.
 """
 
 import math
 from collections import deque
-from functools import partial
 
 import torch
 
-from methods.family import RULES, frobenius
-from kernels.quantized import decode, encode
+from kernels.moments import ACCUMULATION, MOMENTS, Moments, Sum
+from kernels.subspace import range_finder, similarity, singular_vectors
 from model import QLinear
-from methods.moments import ACCUMULATION, AT_REFRESH, MOMENTS, Momentum, Moments, Sum, SumInMomentum
-from run.ranks import Ranks
-from quant import CHUNK, add_bfloat16_, chunks, random_key, rounding_key, uniform
+from quant import (CHUNK, add_bfloat16_, chunks, decode, encode, random_key, rounding_key,
+                   uniform)
 
-MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no layer is left with a stale subspace for good
+MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good
 SKETCH = 4  # columns of a refresh's sketch, in ranks
-POWER_ITERATIONS = 3  # of the range finder on the sketch
+SIDES = ("auto", "left", "right")
 
 
 class Projection:
     """The basis of one layer's low-rank gradient, and the schedule by which it is refreshed.
 
-    A new basis comes from a sketch of the gradient, Y = G^T Omega (left: G Omega) with SKETCH * rank random columns in
-    Omega. It is linear in G, so the micro-batches and ranks of a step add up in it; at r = d/4 it is as large as a
-    square weight's G, but few layers refresh in one step. The range finder (Halko, Martinsson and Tropp, arXiv
-    0909.4061, algorithm 4.4) then takes the rank directions of most energy from Y. The step that makes the sketch is
-    still taken in the old basis; the first one moves no weight of the layer, and its sketch has but `rank` columns, as
-    all layers make theirs at once.
+    A new basis comes from a sketch of the gradient, Y = G^T Omega (left: G Omega), Omega random
+    with SKETCH * rank columns. Y is linear in G, so the micro-batches and ranks of a step add up in
+    it. The range finder takes from Y the rank directions of most energy (kernels/subspace.py). The
+    step that makes the sketch is still taken in the old basis. The first one moves no weight of the
+    layer; its sketch has but `rank` columns, as all layers make theirs at once.
 
-    bits: 4, 8 (group-wise codes), or 16: the basis unquantised, in float32. svd: take the exact singular vectors of the
-    formed gradient, as the papers do. gap, threshold, k, side, growth: see QGaLore. phase: the share of the gap after
-    which the first basis gives way, so that layers which start together refresh at different steps.
-    """
+    bits: 4, 8 (group-wise codes), or 16: unquantised, in float32. svd: exact singular vectors of
+    the formed gradient, as the papers take. gap, threshold, k, side, growth: see QGaLore. phase:
+    the share of the gap after which the first basis gives way, so that layers which start together
+    refresh at different steps."""
 
-    def __init__(self, out_features, in_features, rank, gap=200, threshold=0.4, k=5, bits=4, svd=False, phase=1.0,
-                 device=None, side="auto", growth=0.0):
-        self.right = out_features >= in_features if side == "auto" else side == "right"  # the basis is of the inputs
-        self.dim, self.other = (in_features, out_features) if self.right else (out_features, in_features)
-        self.rank, self.threshold, self.bits, self.svd = min(rank, self.dim), threshold, bits, svd
-        self.gap, self.max_gap, self.phase, self.growth = gap, gap * MAX_GAP_GROWTH, phase, growth
-        self.last_refresh = self.next_refresh = self.refreshes = 0
+    def __init__(self, out_features, in_features, rank, gap=200, threshold=0.4, k=5, bits=4,
+                 svd=False, phase=1.0, device=None, side="auto", growth=0.0):
+        self.right = out_features >= in_features if side == "auto" else side == "right"
+        self.dim, self.other = in_features, out_features  # the projected side, and the other
+        if not self.right:
+            self.dim, self.other = out_features, in_features
+        self.rank = min(rank, self.dim)
+        self.threshold = threshold
+        self.bits = bits
+        self.svd = svd
+        self.gap = gap
+        self.max_gap = gap * MAX_GAP_GROWTH
+        self.phase = phase
+        self.growth = growth
+        self.last_refresh = 0
+        self.next_refresh = 0
+        self.refreshes = 0
         self.similarities = deque(maxlen=k)
-        self.arriving = None  # the similarity found by the last refresh, on its way from the device
-        self.turns = []  # (step, similarity, gap) of refreshes, until pop_turns takes them
+        self.arriving = None  # the last refresh's similarity, on its way from the device
+        self.history = []  # (step, similarity, gap) of refreshes, until pop_refreshes takes them
         self.basis = None  # tensors: (packed, scale, zero), (q, scale, zero) or (P,)
         if self.rank == self.dim:  # any basis spans all, and this one is Adam's own
-            self.basis, self.next_refresh = self.encode(torch.eye(self.dim, device=device)), math.inf
+            self.basis = self.encode(torch.eye(self.dim, device=device))
+            self.next_refresh = math.inf
 
     def matrix(self, dtype=torch.float32):
         """P (dim, rank)."""
@@ -77,92 +85,103 @@ class Projection:
         """The tensors that keep P (dim, rank), float32, as `basis`."""
         return encode(p, self.bits)
 
+    def sides(self, x, dy):
+        """(a, b): the gradient's factor on the projected side, (T, dim), and the other."""
+        return (x, dy) if self.right else (dy, x)
+
     def project(self, x, dy):
         """(left, right) with left^T right = R (rank, other), from x (T, in) and dy (T, out)."""
-        a, b = (x, dy) if self.right else (dy, x)
+        a, b = self.sides(x, dy)
         return a @ self.matrix(a.dtype), b
 
     def due(self, step):
         """Whether this step's gradient is to be looked at for a refresh."""
         return step >= self.next_refresh and self._settle() <= step
 
-    def look(self, x, dy, key):
-        """(left, right) with left^T right = the sketch Y; with svd the gradient itself, (dim, other). key: of the
-        random numbers in Omega."""
-        a, b = (x, dy) if self.right else (dy, x)
+    def sketch(self, x, dy, key):
+        """(left, right) with left^T right = Y (dim, columns), or with svd the gradient itself.
+
+        key: of the random numbers in Omega."""
+        a, b = self.sides(x, dy)
         if self.svd:
             return a, b
-        width = self.rank * (1 if self.basis is None else SKETCH)
-        omega, rows = torch.empty(self.other, width, dtype=b.dtype, device=b.device), max(1, CHUNK // width)
+        columns = self.rank * (1 if self.basis is None else SKETCH)
+        omega = torch.empty(self.other, columns, dtype=b.dtype, device=b.device)
+        rows = max(1, CHUNK // columns)
         for i in chunks(b, self.other, rows):
             part = omega[i : i + rows]
-            part.copy_(uniform(key, i * width, part.numel(), b.device).sub_(0.5).view(part.shape))
+            numbers = uniform(key, i * columns, part.numel(), b.device).sub_(0.5)
+            part.copy_(numbers.view(part.shape))
         return a, b @ omega
 
-    def turn(self, sketch, step):
-        """Take a new basis from a sketch, float32, overwritten. A gradient that is zero or not finite decides nothing:
-        the old basis then stays for another gap; the first basis waits for the next step, and is the one that makes the
-        host wait for the device. Householder QR completes the basis when the gradient has fewer directions than rank.
-        Returns old^T new, (rank, rank), and whether the gradient was of use, () bool; None where there was no old
-        basis."""
+    def refresh(self, sketch, step):
+        """Take a new basis from a sketch (dim, columns), float32, which is overwritten.
+
+        A gradient that is zero or not finite decides nothing: the old basis stays for another gap.
+        The first basis waits for the next step, and is the one that makes the host wait for the
+        device."""
         size = sketch.norm()
         ok = size.isfinite() & (size > 0)
         if self.basis is None and not ok:
-            return None
+            return
         sketch.masked_fill_(~ok, 0)
         if self.svd:
-            u, _, vh = torch.linalg.svd(sketch.T if self.right else sketch, full_matrices=False)  # of G, as the papers
-            new = vh[: self.rank].T if self.right else u[:, : self.rank]
+            new = singular_vectors(sketch, self.rank, self.right)
         else:
-            new = torch.linalg.qr(sketch[:, : self.rank])[0]
-            for _ in range(POWER_ITERATIONS if sketch.shape[1] > self.rank else 0):
-                new = torch.linalg.qr(sketch @ (sketch.T @ new))[0]
-        codes, found = self.encode(new), None
+            new = range_finder(sketch, self.rank)
+        codes = self.encode(new)
         if self.basis is None:
             self.basis = codes
         else:
             overlap = (self.matrix().T @ new).where(ok, torch.eye(self.rank, device=new.device))
             self.arriving = Arriving(similarity(overlap, self.dim).where(ok, torch.nan))
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
-            found = overlap, ok
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
-        gap += int(self.growth**self.refreshes) if self.growth else 0
-        self.last_refresh, self.next_refresh = step, step + gap
+        if self.growth:
+            gap += int(self.growth**self.refreshes)
+        self.last_refresh = step
+        self.next_refresh = step + gap
         self.refreshes += 1
-        return found
 
     def _settle(self):
-        """Let the last refresh's similarity decide the gap, if it has not; returns the next refresh's step."""
-        if self.arriving is not None:
-            found, self.arriving = self.arriving.value(), None
-            if not math.isnan(found):
-                self.similarities.append(found)
-                mean = sum(self.similarities) / len(self.similarities)
-                if len(self.similarities) == self.similarities.maxlen and mean >= self.threshold:
-                    self.gap = min(2 * self.gap, self.max_gap)
-                    self.next_refresh = self.last_refresh + self.gap
-                self.turns.append((self.last_refresh, round(found, 4), self.gap))
+        """Let the last refresh's similarity decide the gap; returns the next refresh's step."""
+        if self.arriving is None:
+            return self.next_refresh
+        found = self.arriving.value()
+        self.arriving = None
+        if not math.isnan(found):
+            self.similarities.append(found)
+            mean = sum(self.similarities) / len(self.similarities)
+            enough = len(self.similarities) == self.similarities.maxlen
+            if enough and mean >= self.threshold:
+                self.gap = min(2 * self.gap, self.max_gap)
+                self.next_refresh = self.last_refresh + self.gap
+            self.history.append((self.last_refresh, round(found, 4), self.gap))
         return self.next_refresh
+
+    STATE = ("gap", "last_refresh", "next_refresh", "refreshes", "basis")
 
     def state_dict(self):
         self._settle()
-        names = ("gap", "last_refresh", "next_refresh", "refreshes", "basis")
-        lists = {"similarities": list(self.similarities), "turns": list(self.turns)}
-        return {name: getattr(self, name) for name in names} | lists
+        state = {name: getattr(self, name) for name in self.STATE}
+        return state | {"similarities": list(self.similarities), "history": list(self.history)}
 
     def load_state_dict(self, state):
-        for name in ("gap", "last_refresh", "next_refresh", "refreshes", "basis"):
+        for name in self.STATE:
             setattr(self, name, state[name])
-        self.turns = list(state.get("turns", []))
-        self.similarities, self.arriving = deque(state["similarities"], self.similarities.maxlen), None
+        self.similarities = deque(state["similarities"], self.similarities.maxlen)
+        self.history = list(state["history"])
+        self.arriving = None
 
 
 class Arriving:
-    """A number on its way from the device: whoever asks for it a step later waits for that copy, not for the queue of
-    work behind it, as .item() would."""
+    """A number on its way from the device.
+
+    Who asks a step later waits for that copy, not for the queue of work behind it, as .item()."""
 
     def __init__(self, tensor):
-        self.host, self.event = tensor, None
+        self.host = tensor
+        self.event = None
         if tensor.is_cuda:
             self.host = torch.empty((), pin_memory=True).copy_(tensor, non_blocking=True)
             self.event = torch.cuda.Event()
@@ -174,226 +193,469 @@ class Arriving:
         return self.host.item()
 
 
-def similarity(overlap, dim):
-    """How much of one subspace of `dim` dimensions lies in the other, from 0 (what chance gives) to 1 (the same),
-    whatever the signs and order of their orthonormal bases' vectors: (o - r/dim) / (1 - r/dim), o = |overlap|_F^2 / r,
-    a () tensor. overlap: old^T new, (r, r), r < dim."""
-    share = len(overlap) / dim
-    return (overlap.square().sum() / len(overlap) - share) / (1 - share)
+# -----------------------------------------------------------------------------
+# the tensors that are trained
 
 
-class QGaLore:
-    """Steps a model's weights inside backward: QLinear weights by Q-GaLore, other parameters by plain 8-bit Adam.
+class Trained:
+    """One tensor that is trained, with all that is kept for it: the base of the two kinds below.
 
-    model: any module that holds QLinear layers, ordinary parameters, or both. loss.backward() is the step, and leaves
-    no .grad behind. Set `accumulating = True` for the micro-batches before a step's last; scale each loss by their
-    number, and by that of ranks. step() ends a step of several ranks, or one that is clipped by its global norm;
-    elsewhere it has nothing to do. Set the rate in param_groups[0]["lr"], as with any torch optimizer.
+    Its gradient comes in parts: micro-batches, uses of one layer, ranks. receive() gets the whole,
+    and moves the weight, or lets it wait until step() knows the norm of all gradients."""
 
-    lr: of ordinary parameters; projected weights move at lr * scale. rank: of the projections, clamped to a weight's
-    smaller side. gap: steps between refreshes; it doubles where the mean similarity of the last k reaches threshold
-    (a threshold over 1 keeps it fixed); gap_growth: gap number i is longer by gap_growth^i. proj_bits: 4, 8 or 16 (not
-    quantised). side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller. rule: how the gradient
-    steps a weight, residual_blocks: Fira's, see family.py. moments, moments_at_refresh: see Moments.
-    stochastic_rounding: False rounds INT8 weights to nearest. svd: exact, in place of the sketch.
-    accumulation: what low-rank gradients of micro-batches add up in, see Sum; those of ordinary parameters do in .grad, and
-    Muon's, where that is "int8" and grad_clip is 0, in the momentum, at no byte more.
-    ranks: see parallel.py. weight_decay: decoupled, on matrices alone. A gradient that is not finite counts as zero;
-    pop_stats() counts it.
+    def __init__(self, optimizer, name, place):
+        self.optimizer = optimizer
+        self.name = name
+        self.place = place  # of its norm in optimizer.norms
+        self.step = -1  # the number of the step under way
+        self.ended = True  # no part of its gradient is to come
+        self.waiting = None  # the whole gradient, packed, until step()
 
-    grad_clip: if positive, the norm that all gradients together are scaled down to (of low-rank gradients, where
-    projected). With accumulation or several ranks it is the step's own: weights wait for step(). Else a weight steps
-    before the norms of later ones are known, and takes those of the step before.
-    """
+    def begin(self):
+        """Called by every part of a gradient: the first begins a step."""
+        if self.ended:
+            self.step += 1
+            self.ended = False
 
-    def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128, gap=200, scale=0.25,
-                 threshold=0.4, k=5, proj_bits=4, moments="factored", moments_at_refresh="keep",
-                 stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0, ranks=None,
-                 rule="galore", side="auto", gap_growth=0.0, residual_blocks=1):
-        for name, value, choices in (("proj_bits", proj_bits, (4, 8, 16)), ("moments", moments, MOMENTS),
-                                     ("moments_at_refresh", moments_at_refresh, AT_REFRESH),
-                                     ("accumulation", accumulation, ACCUMULATION),
-                                     ("side", side, ("auto", "left", "right")), ("rule", rule, tuple(RULES))):
-            if value not in choices:
-                raise ValueError(f"{name} is one of {choices}, not {value!r}")
-        self.param_groups = [{"lr": lr}]
-        self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
-        self.stochastic_rounding, self.grad_clip, self.accumulation = stochastic_rounding, grad_clip, accumulation
-        self.moments_at_refresh = moments_at_refresh
-        self.accumulating = self.accumulated = False  # now; in this step
-        self.ranks = ranks or Ranks()
-        self.moments, self.projections, self.rules = {}, {}, {}  # by the weight's name
-        self.sums, self.held = {}, {}  # micro-batches' sums by (name, what); what waits for step(), by name
-        self.device = next(t.device for ts in (model.parameters(), model.buffers()) for t in ts)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
-        for i, (name, layer) in enumerate(layers.items()):
-            self.projections[name] = projection = Projection(
-                layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd, (i + 1) / len(layers),
-                self.device, side, gap_growth)
-            self.rules[name] = RULES[rule](projection, layer, scale, random_key(seed, name, "rule"), residual_blocks)
-            self.moments[name] = self.rules[name].moments((projection.rank, projection.other), moments, self.device)
-            layer.hook = partial(self._look_at_layer, name)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                self.moments[name] = Moments(p.shape, moments, self.device)
-                p.register_post_accumulate_grad_hook(partial(self._look_at_parameter, name))
-        self.steps = dict.fromkeys(self.moments, 0)
-        self.places = {name: i for i, name in enumerate(self.moments)}
-        self.norms = torch.zeros(len(self.moments), device=self.device)  # on the device: a step waits for nothing
-        self.skipped = torch.zeros((), device=self.device)
+    def key(self, *what):
+        """Of the random numbers that round this tensor at this step."""
+        return rounding_key(self.step, self.optimizer.seed, self.name, *what)
+
+    def receive(self, gradient, norm):
+        """Take a step's whole gradient. One that is not finite counts as zero."""
+        o = self.optimizer
+        if self.waiting is not None:
+            raise RuntimeError(
+                "with grad_clip and micro-batches or ranks, call step() after the last backward"
+            )
+        finite = norm.isfinite() & gradient.sum().isfinite()  # on the device: nothing waits for it
+        o.skipped += ~finite
+        o.norms[self.place] = norm.where(finite, 0)
+        gradient.masked_fill_(~finite, 0)
+        if o.grad_clip and (o.accumulated or o.ranks.size > 1):
+            self.waiting = self.pack(gradient)
+        else:
+            self.move(o.clip_(gradient))
+
+    def resume(self):
+        """At step(): move by the gradient that waits."""
+        if self.waiting is not None:
+            gradient = self.unpack(self.waiting)
+            self.move(self.optimizer.clip_(gradient))
+            self.waiting = None
+
+    def pack(self, gradient):
+        """What keeps a gradient until step(): itself."""
+        return gradient
+
+    def unpack(self, packed):
+        return packed
+
+    def drop(self):
+        """Forget the parts of a step that has not moved the weight."""
+        self.waiting = None
+        self.ended = True
+
+    def state_dict(self):
+        return {"step": self.step, "moments": vars(self.moments)}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+        vars(self.moments).update(state["moments"])
+        self.drop()
+
+
+class ProjectedWeight(Trained):
+    """The weight of a QLinear, moved by its low-rank gradient: GaLore (arXiv 2403.03507), Q-GaLore.
+
+    A sister method is a subclass. Most override direction(): how a gradient becomes a step. Here
+    gradients lie with their projected side first: G (dim, other), R = P^T G (rank, other)."""
+
+    options = ()  # settings that a sister's constructor takes by name
+
+    def __init__(self, optimizer, name, place, layer, projection, scale):
+        super().__init__(optimizer, name, place)
+        self.layer = layer
+        self.projection = projection
+        self.scale = scale
+        self.moments = self.new_moments((projection.rank, projection.other))
+        self.state = {}  # numbers and tensors that a sister's next step depends on
+        self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
+        self.sketch = None  # of a refresh that waits with its gradient
+        self.dtype = torch.float32  # of the activations
+        layer.hook = self.look
 
     @torch.no_grad()
-    def _look_at_layer(self, name, layer, x, dy):
-        projection, step = self.projections[name], self.steps[name]
-        if projection.basis is not None:
-            then = partial(self._step_layer, name, step, x.dtype)
-            self._gather(name, "gradient", *self.rules[name].factors(x, dy, step), then)
-        if projection.due(step):
-            key = random_key(self.seed, name, step, "sketch")
-            self._gather(name, "sketch", *projection.look(x, dy, key), partial(self._turn, name, step))
-        if not self.accumulating:
-            self.steps[name] += 1
+    def look(self, layer, x, dy):
+        """The layer's hook: x (T, in) and dy (T, out) of one use of it, in one backward."""
+        o = self.optimizer
+        o.accumulated |= o.accumulating
+        more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
+        self.begin()
+        self.dtype = x.dtype
+        if self.projection.basis is not None:
+            self.gather("gradient", *self.factors(x, dy), more)
+        if self.projection.due(self.step):
+            # first bases by SVD come from the last micro-batch: whole gradients of all layers at
+            # once, summed up, would take as much memory as the weights
+            alone = self.projection.svd and self.projection.basis is None
+            if not (more and alone):
+                key = random_key(o.seed, self.name, self.step, "sketch")
+                self.gather("sketch", *self.projection.sketch(x, dy, key), more)
+        self.ended = not more
 
-    def _gather(self, name, what, left, right, then):
-        """Sum left^T right, left (T, rows), right (T, cols), over micro-batches and ranks; then(sum), float32, follows
-        the last."""
-        total = self.sums.get((name, what))
-        if self.accumulating:
-            self.accumulated = True
+    def gather(self, what, left, right, more):
+        """Sum left^T right, left (T, rows), right (T, cols), over a step's parts and ranks."""
+        total = self.sums.get(what)
+        if more:
             if total is None:
-                total = self._sum(name, what, left.shape[1], right.shape[1])
-                self.sums[name, what] = total
-            key = rounding_key(total.added, self.seed, name, self.steps[name], what, self.ranks.rank)
-            total.add_(left, right, key)
+                total = self.new_sum(what, left.shape[1], right.shape[1])
+                self.sums[what] = total
+            parts = (self.optimizer.seed, self.name, self.step, what, self.optimizer.ranks.rank)
+            total.add_(left, right, rounding_key(total.added, *parts))
             return
         product = (left.T @ right).float()
         if total is not None:
-            product += self.sums.pop((name, what)).value()
-        if self.ranks.size > 1:
-            product = product.to(left.dtype)  # as it is sent
-        self.ranks.sum_(product, lambda product: then(product.float()))
+            product += self.sums.pop(what).value()
+        self.send(what, product)
 
-    def _sum(self, name, what, *shape):
-        """An empty Sum (rows, cols): of a gradient in its momentum, if it has no other use, and no finer sum is wanted."""
-        kind, beta, momentum = self.accumulation, self.betas[0], self.moments[name]
-        if what == "gradient" and isinstance(momentum, Momentum) and kind == "int8" and beta and not self.grad_clip:
-            return SumInMomentum(momentum, beta, self.ranks.rank == 0, *shape, self.device)
-        return Sum(*shape, kind, self.device)
+    def send(self, what, product):
+        """Sum a product over ranks; receive_gradient or receive_sketch gets the result."""
+        ranks = self.optimizer.ranks
+        if ranks.size > 1:
+            product = product.to(self.dtype)
+        ranks.sum_(product, self.receive_gradient if what == "gradient" else self.receive_sketch)
 
-    def _step_layer(self, name, step, dtype, gradient):
-        def adam(r):
-            self.moments[name].step_(r, self.betas, self.eps, rounding_key(step, self.seed, name, "moment"))
-            return r
+    def receive_gradient(self, product):
+        gradient = product.float()
+        self.receive(gradient, self.norm(gradient))
 
-        def move(gradient):
-            lr = self.param_groups[0]["lr"]
-            key = rounding_key(step, self.seed, name) if self.stochastic_rounding else None
-            direction = self.rules[name].direction(gradient, adam, step, dtype)
-            self.rules[name].move(*direction, lr, 1 - lr * self.weight_decay, key)
+    def receive_sketch(self, product):
+        if self.waiting is None:
+            self.refresh(product.float())
+        else:  # the gradient that waits was taken in the old basis
+            self.sketch = product.float()
 
-        def keep(gradient):
-            kept = Sum(*gradient.shape, self.accumulation, self.device)
-            kept.set_(gradient)
-            return kept.value
+    def end(self):
+        """At step(): every part said that more would come, and this is all."""
+        if not self.ended:
+            self.ended = True
+            for what in list(self.sums):
+                self.send(what, self.sums.pop(what).value())
 
-        self._admit(name, gradient, self.rules[name].norm(gradient), move, keep)
+    def resume(self):
+        super().resume()
+        if self.sketch is not None:
+            self.refresh(self.sketch)
+            self.sketch = None
 
-    @torch.no_grad()
-    def _look_at_parameter(self, name, p):
-        if self.accumulating:
-            self.accumulated = True
+    def move(self, gradient):
+        """Step the weight by a gradient, as gathered, float32, which is overwritten."""
+        o = self.optimizer
+        basis, step = self.direction(gradient)
+        shrink = 1 - o.lr * o.weight_decay
+        self.apply(basis, step, shrink, self.key() if o.stochastic_rounding else None)
+
+    def adam_(self, r):
+        """r <- Adam(r), once a step."""
+        o = self.optimizer
+        self.moments.step_(r, o.betas, o.eps, self.key("moment"))
+        return r
+
+    def pack(self, gradient):
+        kept = Sum(*gradient.shape, self.optimizer.accumulation, self.optimizer.device)
+        kept.set_(gradient)
+        return kept
+
+    def unpack(self, kept):
+        return kept.value()
+
+    # what sister methods do otherwise
+
+    def new_moments(self, shape):
+        return Moments(shape, self.optimizer.moments, self.optimizer.device)
+
+    def new_sum(self, what, rows, cols):
+        return Sum(rows, cols, self.optimizer.accumulation, self.optimizer.device)
+
+    def factors(self, x, dy):
+        """(left, right), left^T right = what is gathered as the gradient, here R."""
+        return self.projection.project(x, dy)
+
+    def norm(self, gradient):
+        """Of what was gathered, () float32: for the log, and grad_clip."""
+        return frobenius(gradient)
+
+    def direction(self, gradient):
+        """(P, N) of which W moves by P N, or (None, N) for N (dim, other).
+
+        gradient: as gathered, float32, may be overwritten. P: in self.dtype, in which P N is
+        multiplied."""
+        return self.projection.matrix(self.dtype), self.adam_(gradient)
+
+    def apply(self, p, n, shrink, key):
+        """W <- shrink * W - lr * scale * (P N), rounded by `key`."""
+        n = n.mul_(-self.optimizer.lr * self.scale)
+        if p is None:
+            self.layer.add_low_rank_(n.T if self.projection.right else n, None, shrink, key)
             return
-        grad, p.grad = p.grad, None
-        self.ranks.sum_(grad, partial(self._step_parameter, name, p, self.steps[name]))
-        self.steps[name] += 1
+        n = n.to(p.dtype).T.contiguous()
+        left, right = (n, p) if self.projection.right else (p, n)
+        self.layer.add_low_rank_(left, right, shrink, key)
 
-    def _step_parameter(self, name, p, step, grad):
-        def move(grad):
-            lr = self.param_groups[0]["lr"]
-            self.moments[name].step_(grad, self.betas, self.eps, rounding_key(step, self.seed, name))
-            if p.ndim > 1 and self.weight_decay:
-                p.mul_(1 - lr * self.weight_decay)  # decoupled (arXiv 1711.05101)
-            if p.dtype == torch.bfloat16:
-                add_bfloat16_(p, grad, -lr, rounding_key(step, self.seed, name, "weight"))
-            else:
-                p.add_(grad, alpha=-lr)
+    def refresh(self, sketch):
+        self.projection.refresh(sketch, self.step)
 
-        self._admit(name, grad, frobenius(grad), move, lambda grad: lambda: grad)
+    def empty_basis(self):
+        """The tensors of a basis with nothing in it yet, for run/memory.py to count."""
+        return self.projection.encode(torch.empty(self.projection.dim, self.projection.rank))
 
-    def _admit(self, name, grad, norm, move, keep):
-        """Note the gradient's norm, let one that is not finite be zero, clip it, and move(grad): at once, or when step()
-        knows all norms. keep(grad): a function that then gives grad."""
-        if name in self.held:
-            raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the last backward")
-        ok = norm.isfinite() & grad.sum().isfinite()
-        self.skipped += ~ok
-        self.norms[self.places[name]] = norm.where(ok, 0)
-        grad.masked_fill_(~ok, 0)
-        if self.grad_clip and (self.accumulated or self.ranks.size > 1):
-            kept = keep(grad)
-            self.held[name] = [lambda: move(self._clip_(kept()))]
-        else:
-            move(self._clip_(grad))
+    def drop(self):
+        super().drop()
+        self.sums = {}
+        self.sketch = None
 
-    def _clip_(self, grad):
-        return grad.mul_((self.grad_clip / self.norms.norm()).clamp(max=1)) if self.grad_clip else grad
+    def state_dict(self):
+        of_basis = {"projection": self.projection.state_dict(), "state": self.state}
+        return super().state_dict() | of_basis
 
-    def _turn(self, name, step, seen):
-        def turn():
-            found = self.rules[name].turn(partial(self.projections[name].turn, seen, step))
-            if found is not None and (self.moments_at_refresh != "reset" or found[1]):  # "reset" waits for the device
-                self.moments[name].turn_(self.moments_at_refresh, found[0])
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.projection.load_state_dict(state["projection"])
+        self.state = state["state"]
 
-        if name in self.held:  # the gradient that waits was taken in the old basis
-            self.held[name].append(turn)
-        else:
-            turn()
+
+class Parameter(Trained):
+    """An ordinary parameter, of any shape, moved by plain Adam."""
+
+    def __init__(self, optimizer, name, place, p):
+        super().__init__(optimizer, name, place)
+        self.p = p
+        shape = p.shape if p.ndim < 3 else (len(p), p[0].numel())  # moments see a matrix
+        self.moments = Moments(shape, optimizer.moments, p.device)
+        p.register_post_accumulate_grad_hook(self.look)
 
     @torch.no_grad()
-    def step(self):
-        """End a step: of several ranks, wait for the last sums; move what waits for the norm of all gradients."""
+    def look(self, p):
+        """Its hook: the gradient of one backward has been added to p.grad."""
+        self.begin()
+        if self.optimizer.accumulating:
+            self.optimizer.accumulated = True
+        else:
+            self.end()
+
+    def end(self):
+        if self.ended:
+            return
+        self.ended = True
+        gradient = self.p.grad
+        self.p.grad = None
+        if gradient is not None:
+            self.optimizer.ranks.sum_(gradient.contiguous(), self.receive_gradient)
+
+    def receive_gradient(self, gradient):
+        self.receive(gradient, frobenius(gradient))
+
+    def move(self, gradient):
+        o, p = self.optimizer, self.p
+        matrix = gradient.view(len(p), -1) if p.ndim > 2 else gradient
+        self.moments.step_(matrix, o.betas, o.eps, self.key())
+        if p.ndim > 1 and o.weight_decay:
+            p.mul_(1 - o.lr * o.weight_decay)  # decoupled (arXiv 1711.05101)
+        if p.dtype == torch.bfloat16:
+            add_bfloat16_(p, gradient, -o.lr, self.key("weight"))
+        else:
+            p.add_(gradient, alpha=-o.lr)
+
+
+def frobenius(x):
+    """The root of the sum of x's squares, () float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# the optimizer
+
+
+class OneProcess:
+    """What run/ranks.py's Ranks is to several processes."""
+
+    rank = 0
+    size = 1
+
+    def sum_(self, tensor, then):
+        then(tensor)
+
+    def land(self):
+        pass
+
+
+class QGaLore(torch.optim.Optimizer):
+    """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by 8-bit Adam.
+
+    loss.backward() is the step, and leaves no .grad behind. For several micro-batches a step, set
+    `accumulating` = True before all but the last; or before all, and call step() after them. Scale
+    each loss by their number, and by that of ranks. step() ends what could not end in backward:
+    steps of several ranks, or clipped by a global norm. Elsewhere it has nothing to do.
+
+    model: any module, on one device. Frozen parameters, and QLinears with trains = False, stay.
+    lr: of ordinary parameters; projected weights move at lr * scale. It is param_groups[0]["lr"],
+        and torch's schedulers set it.
+    weight_decay: decoupled, on matrices alone.
+    rank: of the projections, clamped to a weight's smaller side.
+    gap: steps between refreshes. It doubles where the mean similarity of the last k reaches
+        threshold; over 1: never. gap_growth: gap number i is longer by gap_growth^i.
+    proj_bits: of the bases: 4, 8 or 16 (not quantised). svd: exact, in place of the sketch.
+    side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller.
+    moments, accumulation: formats, see Moments and Sum. Those of ordinary parameters add up in
+        .grad.
+    stochastic_rounding: False rounds INT8 weights to nearest.
+    grad_clip: if positive, the norm that all gradients together are scaled down to (low-rank ones,
+        where projected). With micro-batches or ranks it is the step's own: weights wait for
+        step(). Else a weight steps before later norms are known, and takes the last step's.
+    ranks: see run/ranks.py. weight: the class of projected weights, see methods/.
+
+    A gradient that is not finite counts as zero; pop_stats() counts it."""
+
+    def __init__(self, model, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, rank=128,
+                 gap=200, scale=0.25, threshold=0.4, k=5, proj_bits=4, moments="factored",
+                 stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0,
+                 ranks=None, side="auto", gap_growth=0.0, weight=ProjectedWeight):
+        for name, value, choices in (
+            ("proj_bits", proj_bits, (4, 8, 16)),
+            ("moments", moments, MOMENTS),
+            ("accumulation", accumulation, ACCUMULATION),
+            ("side", side, SIDES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} is one of {choices}, not {value!r}")
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        layers = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QLinear) and module.trains:
+                layers[name] = module
+        # torch wants a parameter, and an INT8 weight is none
+        super().__init__(list(parameters.values()) or [torch.empty(0)], {"lr": lr})
+        self.device = one_device(model)
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.moments = moments
+        self.stochastic_rounding = stochastic_rounding
+        self.accumulation = accumulation
+        self.grad_clip = grad_clip
+        self.seed = seed
+        self.ranks = ranks or OneProcess()
+        self.accumulating = False  # now
+        self.accumulated = False  # in this step
+        n = len(layers) + len(parameters)
+        self.norms = torch.zeros(n, device=self.device)  # on the device: a step waits for nothing
+        self.skipped = torch.zeros((), device=self.device)
+
+        self.weights = []
+        for i, (name, layer) in enumerate(layers.items()):
+            projection = Projection(
+                layer.out_features, layer.in_features, rank, gap, threshold, k, proj_bits, svd,
+                phase=(i + 1) / len(layers), device=self.device, side=side, growth=gap_growth,
+            )
+            self.weights.append(weight(self, name, i, layer, projection, scale))
+        self.parameters = []
+        for i, (name, p) in enumerate(parameters.items(), len(layers)):
+            self.parameters.append(Parameter(self, name, i, p))
+
+    @property
+    def lr(self):
+        return self.param_groups[0]["lr"]
+
+    @property
+    def trained(self):
+        """{name: what is trained}."""
+        return {t.name: t for t in (*self.weights, *self.parameters)}
+
+    def clip_(self, gradient):
+        if self.grad_clip:
+            gradient.mul_((self.grad_clip / self.norms.norm()).clamp(max=1))
+        return gradient
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """End a step: sums that are not ended or on their way, weights that wait for all norms."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        trained = self.trained.values()
+        for t in trained:
+            t.end()
         self.ranks.land()
-        for actions in self.held.values():
-            for act in actions:
-                act()
-        self.held, self.accumulated = {}, False
+        for t in trained:
+            t.resume()
+        self.accumulated = False
+        return loss
+
+    def zero_grad(self, set_to_none=True):
+        """Forget gradients that have not moved a weight."""
+        super().zero_grad(set_to_none)
+        for t in self.trained.values():
+            t.drop()
 
     def pop_stats(self):
-        """grad_norm of the last step, over all weights (of the low-rank gradient where projected), before it is
-        clipped; the refreshes since the start of training; and, since the last call, how many gradients were not
-        finite. Waits for the device."""
-        stats = {"grad_norm": self.norms.norm().item(), "skipped": int(self.skipped.item()),
-                 "refreshes": sum(p.refreshes for p in self.projections.values())}
+        """grad_norm, refreshes and skipped. Waits for the device.
+
+        grad_norm: of the last step, over all weights (of low-rank gradients where projected),
+        before clipping. refreshes: since the start of training. skipped: gradients that were not
+        finite, since the last call."""
+        stats = {
+            "grad_norm": self.norms.norm().item(),
+            "skipped": int(self.skipped.item()),
+            "refreshes": sum(w.projection.refreshes for w in self.weights),
+        }
         self.skipped.zero_()
         return stats
 
-    def pop_turns(self):
-        """{weight: [(step, similarity that the refresh then found, steps to the next)]} that are new, for plot.py."""
-        turns = {name: projection.turns for name, projection in self.projections.items() if projection.turns}
-        for projection in self.projections.values():
-            projection.turns = []
-        return turns
+    def pop_refreshes(self):
+        """{weight: [(step, similarity that its refresh found, steps to the next)]}: new ones."""
+        found = {w.name: w.projection.history for w in self.weights if w.projection.history}
+        for w in self.weights:
+            w.projection.history = []
+        return found
 
     def state_dict(self):
         """Everything that the next step depends on, as tensors, numbers and containers of them."""
-        return {
-            "steps": dict(self.steps),
-            "norms": self.norms,
-            "moments": {name: vars(moments) for name, moments in self.moments.items()},
-            "projections": {name: projection.state_dict() for name, projection in self.projections.items()},
-            "rules": {name: rule.state for name, rule in self.rules.items() if rule.state},
-        }
+        groups = []
+        for group in self.param_groups:
+            groups.append({key: value for key, value in group.items() if key != "params"})
+        trained = {name: t.state_dict() for name, t in self.trained.items()}
+        return {"param_groups": groups, "norms": self.norms, "trained": trained}
 
     def load_state_dict(self, state):
-        self.steps, self.norms, self.sums, self.held = dict(state["steps"]), self._here(state["norms"]), {}, {}
-        for name, tensors in state["moments"].items():
-            vars(self.moments[name]).update({key: self._here(value) for key, value in tensors.items()})
-        for name, projection in state["projections"].items():
-            basis = projection["basis"] and tuple(map(self._here, projection["basis"]))
-            self.projections[name].load_state_dict(projection | {"basis": basis})
-            self.rules[name].share()
-        for name, found in state.get("rules", {}).items():
-            self.rules[name].state = {key: self._here(value) for key, value in found.items()}
+        state = self._here(state)
+        for group, saved in zip(self.param_groups, state["param_groups"]):
+            group.update(saved)
+        self.norms = state["norms"]
+        for name, t in self.trained.items():
+            t.load_state_dict(state["trained"][name])
 
     def _here(self, value):
-        return value.to(self.device, copy=True) if isinstance(value, torch.Tensor) else value
+        """A copy, its tensors on this optimizer's device."""
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device, copy=True)
+        if isinstance(value, dict):
+            return {key: self._here(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._here(v) for v in value)
+        return value
+
+
+def one_device(model):
+    """The device of a model's tensors. Raises ValueError, with two names, if there are several."""
+    first = None
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if first is None:
+            first = name, tensor.device
+        if tensor.device != first[1]:
+            raise ValueError(
+                f"the model is on several devices: {first[0]} on {first[1]}, "
+                f"{name} on {tensor.device}; QGaLore trains on one"
+            )
+    return first[1] if first else torch.device("cpu")

@@ -4,58 +4,96 @@ Generate text from a run's checkpoint, token by token:
     python sample.py config/demo.py --num_samples=3
 """
 
+import sys
+
 import torch
 
+from configurator import above, at_least, configure, one_of
 from run.checkpoint import load_model
-from configurator import configure
+from run.device import check_device, pick_device
 from run.encodings import get_encoding
 
 # -----------------------------------------------------------------------------
+# text
 out_dir = "out"  # whose ckpt.pt to read; or a Hugging Face directory or repository
 prompt = "\n"
-num_samples = 1
-max_new_tokens = 300
-temperature = 0.8  # 0: always the likeliest token
-top_k = 0  # only the k likeliest tokens, 0 = all
-top_p = 1.0  # of those, the fewest whose probabilities sum to this
+num_samples: at_least(1) = 1
+max_new_tokens: at_least(1) = 300
+# choice of tokens
+temperature: at_least(0) = 0.8  # 0: always the likeliest token
+top_k: at_least(0) = 0  # only the k likeliest tokens, 0 = all
+top_p: above(0) = 1.0  # of those, the fewest whose probabilities sum to this
 seed = 1337
-device = "auto"
+# system
+device: one_of("auto", "cuda", "cpu") = "auto"
 # -----------------------------------------------------------------------------
 
 
-def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed):
-    """Print the prompt idx (1, T) int64 and the tokens that the model adds, each as soon as it is known."""
-    generator = torch.Generator(idx.device).manual_seed(seed)
-    ids, shown = idx[0].tolist(), 0
+def main():
+    s = configure(sys.modules[__name__], ignore_unknown=True)
+    device = pick_device(s.device)
+    check_device(device)
+    try:
+        model, name = load_model(s.out_dir, device)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+    encoding = get_encoding(name)
+    # a checkpoint's own tokenizer knows special tokens in a text, and may begin with one
+    encode = getattr(encoding, "encode_with_special", encoding.encode_ordinary)
+    ids = encode(s.prompt) or [encoding.eot_token]
+    if hasattr(encoding, "with_bos"):
+        ids = encoding.with_bos(ids)
+    idx = torch.tensor([ids], device=device)  # (1, T)
+    for i in range(s.num_samples):
+        choice = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+        stream(model, encoding, idx, s.max_new_tokens, seed=s.seed + i, **choice)
 
-    def show(end):  # all ids anew, about 0.1 ms a thousand: what one token reads as depends on those before it
+
+def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed):
+    """Print the prompt idx (1, T) int64 and the tokens that follow, each as soon as it is known."""
+    generator = torch.Generator(idx.device).manual_seed(seed)
+    ids = idx[0].tolist()
+    shown = 0
+
+    def show(end):
+        # all ids anew, about 0.1 ms a thousand: what one token reads as depends on those before it
         nonlocal shown
         text = encoding.decode(ids)
-        text = text if end else text.rstrip("\ufffd")  # a character may span tokens, and is this until it is whole
+        if not end:  # a character may span tokens, and is this until it is whole
+            text = text.rstrip("\ufffd")
         print(text[shown:], end="\n" if end else "", flush=True)
         shown = max(shown, len(text))
 
     show(end=False)
-    for token in model.generate(idx, max_new_tokens, temperature, top_k, top_p, generator):
+    for token in generate(model, idx, max_new_tokens, temperature, top_k, top_p, generator):
         if token.item() < encoding.n_vocab:  # vocab_size may be padded beyond the encoding's
             ids.append(token.item())
             show(end=False)
     show(end=True)
 
 
-def main():
-    configure(globals(), skip_unknown_in_files=True)
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model, name = load_model(out_dir, kind)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}")
-    encoding = get_encoding(name)
-    ids = getattr(encoding, "encode_with_special", encoding.encode_ordinary)(prompt) or [encoding.eot_token]
-    ids = encoding.with_bos(ids) if hasattr(encoding, "with_bos") else ids
-    idx = torch.tensor([ids], device=kind)
-    for i in range(num_samples):
-        stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed + i)
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Yield max_new_tokens times the next token of each row, (B, 1) int64, after idx (B, T).
+
+    temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all tokens in; else the k
+    likeliest, and of those the fewest whose probabilities sum to top_p. Each token costs one
+    position's work: keys and values are kept."""
+    caches = [{} for _ in model.blocks]
+    idx = idx[:, -model.config.block_size :]
+    position = 0
+    for _ in range(max_new_tokens):
+        logits = model(idx, caches=caches, position=position)  # (B, V)
+        position += idx.shape[1]
+        if temperature == 0:
+            idx = logits.argmax(dim=-1, keepdim=True)
+        else:
+            k = min(top_k or logits.shape[-1], logits.shape[-1])
+            logits, token = (logits / temperature).topk(k)  # sorted
+            p = logits.softmax(dim=-1)
+            p[p.cumsum(dim=-1) - p >= top_p] = 0  # never the first, whose sum of larger ones is 0
+            idx = token.gather(1, torch.multinomial(p, 1, generator=generator))
+        yield idx
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.quantized import decode, encode
+from quant import decode, encode
 
 COMPENSATIONS = 5  # rounds in which LoQT looks for the codes and the factor that make W together (its Algorithm 2)
 

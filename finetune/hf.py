@@ -20,7 +20,7 @@ import torch.nn as nn
 from finetune.adapters import LowRank
 from configurator import configure
 from finetune.hf_config import config_json, read_json, settings
-from kernels.quantized import dequantize_int8
+from quant import dequantize_int8
 from kernels.layers import RMSNorm
 from model import LLaMA, QLinear, QMatrix
 from run.encodings import first_line

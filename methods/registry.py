@@ -1,105 +1,174 @@
 """
-The methods that train.py compares, each a few settings of one loop: what it trains, in which format, by which
-optimizer; and the model that a run starts from.
+What a method is: the settings that it reads and fixes, and how it makes a model and an optimizer.
+
+    @register("qfira", "Q-GaLore, and Fira's residual", reads=SUBSPACE + ("residual_blocks",))
+    class Fira(ProjectedWeight): ...
+
+registers a method that moves each projected weight as that class does. Methods that train something
+else are subclasses of Method. Every file in this folder is looked at, and nothing else lists them.
 """
 
+import importlib
+import os
+import pkgutil
 from dataclasses import fields
+from functools import partial
 
 import torch
 
-from finetune import hf
-from methods.family import RULES
-from model import LLaMA, LLaMAConfig, QLinear
+from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
 from qgalore import QGaLore
-from quant import random_key
+from run import foreign
 
-FLOAT = {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}  # a fixed gap: a threshold of 2 is never met
-METHODS = {  # the weight_bits that each takes, its own first; and the settings that make it what it is
-    "qgalore": ((8, 16), {}),
-    "galore": ((16, 8), FLOAT),  # arXiv 2403.03507, with Adam's moments in float32
-    "galore8bit": ((16, 8), FLOAT | {"moments": "8bit"}),
-    "natural_galore": ((16, 8), FLOAT),  # these seven: see family.py
-    "fira": ((16, 8), FLOAT),
-    "qfira": ((8, 16), {}),  # Q-GaLore, and Fira's residual
-    "muon": ((16, 8), FLOAT),  # Muon of low-rank momentum
-    "qmuon": ((8, 16), {}),
-    "apollo": ((16, 8), FLOAT | {"galore_scale": 1.0}),
-    "apollo_mini": ((16, 8), FLOAT | {"galore_scale": 128**0.5, "rank": 1}),
-    "loqt": ((4, 8), {"proj_threshold": 2.0, "gap_growth": 1.2, "moments": "8bit"}),
-    "adamw": ((32, 16), {}),  # torch's, at full rank; 32: under autocast, if dtype is bfloat16
-    "adam8bit": ((16,), {"moments": "8bit"}),  # bitsandbytes', at full rank, stepped in backward
-    "lora": ((16, 8, 4), {}),  # adapters on frozen matrices (arXiv 2106.09685), torch's AdamW; from scratch, what is
-    "qlora": ((4,), {}),  # no matrix of a block trains, too. The same on NF4 (arXiv 2305.14314)
-    "relora": ((16, 8), {}),  # adapters that are merged and start anew every proj_gap steps (arXiv 2307.05695)
-    "welore": ((16, 8), {}),  # factors that welore.py has put in a checkpoint's matrices, and norms (arXiv 2407.11239)
-}
-BY_TORCH = ("adamw", "lora", "qlora", "relora", "welore")
-PRUNED = 0.99  # of an adapter's moments, at a restart
-OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # LLaMAConfig's fields that no checkpoint brings
+METHODS = {}  # by name, see find()
+
+# settings that methods of projected weights read
+SUBSPACE = ("rank", "proj_gap", "gap_growth", "proj_threshold", "proj_k", "proj_bits", "proj_side",
+            "proj_svd", "galore_scale", "moments", "accumulation", "stochastic_rounding", "matmul")
+# GaLore's own: float bases and moments, and a threshold that is never met, so that gaps stay fixed
+FLOATS = {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}
 
 
-def of_method(c):
-    """What the method of settings c makes of them. Exits with one line if they do not fit it."""
-    if c["method"] not in METHODS:
-        raise SystemExit(f"error: method {c['method']!r}: there are {', '.join(METHODS)}")
-    bits, own = METHODS[c["method"]]
-    if c["weight_bits"] and c["weight_bits"] not in bits:
-        raise SystemExit(f"error: weight_bits={c['weight_bits']}: {c['method']} has {' or '.join(map(str, bits))}")
-    if c.get("embed_bits", 16) == 8 and not c["freeze_embedding"] and "lora" not in c["method"]:
-        raise SystemExit("error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True")
-    if c["method"] == "loqt" and c["proj_side"] != "auto":
-        raise SystemExit("error: proj_side: loqt's factors lie on the smaller side of a weight")
-    return own | {"weight_bits": c["weight_bits"] or bits[0]}
+class Method:
+    """name: of --method. about: one line. weight_bits: those that it can train, its own first.
+
+    reads: settings that not every method reads. fixes: {setting: value} that make it what it is;
+    a user who sets one to another value, or a setting that only others read, is told so."""
+
+    linear = QLinear  # of the blocks' matrices
+
+    def __init__(self, name, about, weight_bits=(8, 16), reads=(), fixes=None):
+        self.name = name
+        self.about = about
+        self.weight_bits = weight_bits
+        self.fixes = fixes or {}
+        self.reads = [setting for setting in reads if setting not in self.fixes]
+        METHODS[name] = self
+
+    def settle(self, s):
+        """Put the method's own settings into s. Exits with one line if the user's do not fit it."""
+        for setting, where in s.given.items():
+            value = getattr(s, setting)
+            if value != self.fixes.get(setting, value):
+                raise SystemExit(
+                    f"error: {where}: method {self.name} has {setting} = {self.fixes[setting]!r}, "
+                    f"always{self._others(setting)}"
+                )
+            only_others = any(setting in other.reads for other in METHODS.values())
+            if only_others and setting not in (*self.reads, *self.fixes):
+                raise SystemExit(
+                    f"error: {where}: method {self.name} does not read {setting}"
+                    f"{self._others(setting)}"
+                )
+        for setting, value in self.fixes.items():
+            setattr(s, setting, value)
+        if s.weight_bits == 0:
+            s.weight_bits = self.weight_bits[0]
+        if s.weight_bits not in self.weight_bits:
+            known = " or ".join(map(str, self.weight_bits))
+            raise SystemExit(f"error: weight_bits={s.weight_bits}: {self.name} has {known}")
+        if s.embed_bits == 8 and self.trains_embedding(s):
+            raise SystemExit(
+                "error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True"
+            )
+        s.n_kv_head = s.n_kv_head or s.n_head
+        return s
+
+    def _others(self, setting):
+        readers = [other.name for other in METHODS.values() if setting in other.reads]
+        return f"; {', '.join(readers)} read it" if readers else ""
+
+    def trains_embedding(self, s):
+        return not s.freeze_embedding
+
+    def check_model(self, s):
+        """Exit with one line if the method cannot train the model that a run starts from."""
+
+    def build(self, s, device, dtype, ranks=None, fill=None):
+        """(model, optimizer) of settled settings. Raises ValueError for shapes that do not fit."""
+        model = self.build_model(s, device, dtype, fill)
+        return model, self.build_optimizer(model, s, ranks)
+
+    def build_model(self, s, device, dtype, fill=None):
+        """The model. dtype: of weights that are not quantised.
+
+        fill: fills a model that is built on "meta", fill(model, device=, dtype=)."""
+        known = {field.name for field in fields(LLaMAConfig)}
+        config = LLaMAConfig(**{k: v for k, v in s.as_dict().items() if k in known})
+        linear = self.linear
+        if linear is QLinear:
+            linear = partial(QLinear, bits=s.weight_bits, group_size=s.weight_group_size,
+                             matmul=s.matmul)
+        embedding = None
+        if s.embed_bits == 8:
+            embedding = partial(QEmbedding, group_size=s.weight_group_size)
+        first_device = "meta" if fill else device
+        model = LLaMA(config, linear, first_device, dtype, embedding)
+        if config.low_rank:
+            foreign.checkpoints().put_low_rank(model, config.low_rank, dtype, first_device)
+        if fill:
+            fill(model, device=device, dtype=dtype)
+        if not self.trains_embedding(s):
+            model.embed.requires_grad_(False)
+            model.head.requires_grad_(False)
+        self.adapt(model, s, device, dtype)
+        return model
+
+    def adapt(self, model, s, device, dtype):
+        """What the method changes in a new model."""
+
+    def build_optimizer(self, model, s, ranks=None):
+        """torch's AdamW on all that requires grad, weight decay on matrices."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim > 1]
+        vectors = [p for p in trained if p.ndim == 1]
+        groups = [
+            {"params": matrices, "weight_decay": s.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        betas = (s.beta1, s.beta2)
+        return torch.optim.AdamW(groups, s.learning_rate, betas, s.adam_eps, fused=True)
+
+    def rate(self, s, it):
+        """What the schedule's rate is multiplied by after the warm-up."""
+        return 1.0
+
+    def before_step(self, model, optimizer, s, it):
+        """Called before each step."""
 
 
-def of_model(c, checkpoint=None):
-    """What the model that a run of settings c starts from, by init_from, makes of them: the fields of LLaMAConfig;
-    `pretrained`, the Hugging Face checkpoint that it comes from, or ""; `load`, the directory to fill it from, or "".
-    checkpoint: the run's own, where it is resumed."""
-    before = checkpoint["config"] if checkpoint else {}
-    found = {"pretrained": before.get("pretrained", ""), "load": ""}
-    if c["init_from"] not in ("scratch", "resume"):
-        try:
-            found |= {"pretrained": c["init_from"], "load": hf.local(c["init_from"], not c["dry_run"])}
-            before = hf.settings(found["load"])
-        except ValueError as e:
-            raise SystemExit(f"error: init_from: {e}")
-        if c["block_size"] > (most := before["block_size"]):
-            raise SystemExit(f"error: block_size {c['block_size']}: {c['init_from']} sees {most} tokens")
-    if found["pretrained"]:
-        found |= {f.name: before[f.name] for f in fields(LLaMAConfig) if f.name in before and f.name not in OF_RUN}
-    if c["method"] == "welore" and not found.get("low_rank"):
-        raise SystemExit("error: method welore trains what welore.py has compressed: name its directory in init_from")
-    return found
+class InBackward(Method):
+    """A method whose weights step inside backward, by QGaLore; projected ones as `weight` does."""
+
+    weight = None
+
+    def build_optimizer(self, model, s, ranks=None):
+        chosen = {}
+        if self.weight is not None:
+            options = {name: getattr(s, name) for name in self.weight.options}
+            chosen = {"weight": partial(self.weight, **options)}
+        return QGaLore(
+            model, s.learning_rate, (s.beta1, s.beta2), s.adam_eps, s.weight_decay, s.rank,
+            s.proj_gap, s.galore_scale, s.proj_threshold, s.proj_k, s.proj_bits, s.moments,
+            s.stochastic_rounding, s.proj_svd, s.accumulation, s.grad_clip, s.seed, ranks,
+            s.proj_side, s.gap_growth, **chosen,
+        )
 
 
-def build(c, device, dtype, ranks=None):
-    """The model and the optimizer of settings c; its weights are those of the checkpoint c["load"], if there is one."""
-    c = c | of_method(c)
-    load = (lambda model: hf.load_weights(model, c["load"], device, dtype)) if c.get("load") else None
-    model, betas = LLaMA.from_settings(c, device, dtype, load), (c["beta1"], c["beta2"])
-    if c["method"] not in BY_TORCH:
-        return model, QGaLore(model, c["learning_rate"], betas, c["adam_eps"], c["weight_decay"], c["rank"],
-                              c["proj_gap"], c["galore_scale"], c["proj_threshold"], c["proj_k"], c["proj_bits"],
-                              c["moments"], c["moments_at_refresh"], c["stochastic_rounding"], c["proj_svd"],
-                              c["accumulation"], c["grad_clip"], c["seed"], ranks,
-                              c["method"] if c["method"] in RULES else "galore", c["proj_side"], c["gap_growth"],
-                              c["residual_blocks"])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": c["weight_decay"]}
-    vectors = {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}
-    return model, torch.optim.AdamW([matrices, vectors], c["learning_rate"], betas, c["adam_eps"], fused=True)
+def register(name, about, weight_bits=(8, 16), reads=SUBSPACE, fixes=None, kind=InBackward):
+    """Decorate a subclass of ProjectedWeight: it is then the method `name`. Arguments: Method."""
+
+    def decorate(weight):
+        kind(name, about, weight_bits, reads, fixes).weight = weight
+        return weight
+
+    return decorate
 
 
-@torch.no_grad()
-def restart(model, optimizer, *key):
-    """ReLoRA: merge the adapters into their weights, start them anew, and leave the largest of their moments alone."""
-    adapters = {name: layer for name, layer in model.named_modules() if isinstance(layer, QLinear)}
-    for name, layer in adapters.items():
-        seed, adapter = random_key(*key, name), layer.adapter
-        layer.add_low_rank_(adapter.scale * adapter.b, adapter.a.T.contiguous(), key=seed)
-        adapter.start(torch.Generator(adapter.a.device).manual_seed(seed))
-        for p in (adapter.a, adapter.b):
-            m, v = optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
-            small = v <= v.flatten().kthvalue(max(1, int(PRUNED * v.numel()))).values
-            m.masked_fill_(small, 0), v.masked_fill_(small, 0)  # both at one place: m over no v would be no step
+def find(name):
+    """The Method of that name. Exits with one line if there is none."""
+    for file in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        importlib.import_module(f"{__package__}.{file.name}")
+    if name not in METHODS:
+        raise SystemExit(f"error: method {name!r}: there are {', '.join(METHODS)}")
+    return METHODS[name]

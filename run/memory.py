@@ -1,10 +1,13 @@
 """
-What a run takes, counted before anything is allocated, and what the device has.
+What a run takes, counted before anything is allocated.
 
-The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake tensors, which have shapes
-and no data. Every allocation passes by and is counted, temporaries included: the plan cannot fall behind the code. Of a
-deep model, two of a few blocks are planned: blocks are alike, and each more adds the same.
-Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.5 GiB) and what lies in fragments.
+The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake
+tensors, which have shapes and no data. Every allocation passes by and is counted, temporaries
+included: the plan cannot fall behind the code. Of a deep model, two of a few blocks are planned:
+blocks are alike, and each more adds the same.
+
+Not counted: the libraries' own workspaces, the CUDA context (0.3 to 0.9 GiB by card) and what lies
+in fragments.
 """
 
 import math
@@ -16,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from methods.registry import find
 from quant import bitsandbytes
 from run.device import GIB
 
@@ -27,56 +31,70 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.now, self.peak = {}, 0, 0
+        self.bytes = {}  # by storage
+        self.now = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.bytes:
-                self.bytes[key] = t.untyped_storage().nbytes()
+            if not isinstance(t, torch.Tensor):
+                continue
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in self.bytes:
+                self.bytes[key] = storage.nbytes()
                 self.now += self.bytes[key]
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(t.untyped_storage(), self._free, key)
+                weakref.finalize(storage, self._free, key)
         return out
 
     def pop_peak(self):
         """The peak since the last call."""
-        peak, self.peak = self.peak, self.now
+        peak = self.peak
+        self.peak = self.now
         return peak
 
     def _free(self, key):
         self.now -= self.bytes.pop(key)
 
 
-def memory_plan(settings, build, weight_dtype, dtype):
+def memory_plan(s, weight_dtype, dtype):
     """{part: bytes} of a run, at the peak of its worst step.
 
-    settings: train.py's, with what the method makes of them.
-    build: train.py's. dtype: of the computation, under autocast if it is not weight_dtype.
-    """
-    n = settings["n_layer"]
-    if n <= 2 * MORE or settings.get("low_rank") or n > settings["proj_gap"]:  # few, not alike, or all refresh often
-        plan, peaks = _plan(settings, n, build, weight_dtype, dtype)
+    s: settled settings. dtype: of the computation, under autocast if it is not weight_dtype."""
+    n = s.n_layer
+    alike = not s.low_rank and n <= s.proj_gap  # else blocks differ, or all refresh often
+    if n <= 2 * MORE or not alike:
+        plan, peaks = _plan(s, n, weight_dtype, dtype)
     else:
-        (few, low), (more, high) = (_plan(settings, blocks, build, weight_dtype, dtype) for blocks in (FEW, MORE))
-        line = lambda a, b: a + (b - a) * (n - FEW) // (MORE - FEW)
-        plan, peaks = {part: line(few[part], more[part]) for part in few}, map(line, low, high)
+        few, peaks_few = _plan(s, FEW, weight_dtype, dtype)
+        more, peaks_more = _plan(s, MORE, weight_dtype, dtype)
+        plan = {part: _extrapolate(few[part], more[part], n) for part in few}
+        peaks = [_extrapolate(a, b, n) for a, b in zip(peaks_few, peaks_more)]
     return plan | {"gradients, activations": max(peaks) - sum(plan.values())}
 
 
-def _plan(settings, blocks, build, weight_dtype, dtype):
-    """Of the first `blocks` blocks alone: ({part: bytes} that stays, [the peak of each forward, backward, ...])."""
-    live, plan, peaks = Live(), {}, []
+def _extrapolate(few, more, n):
+    """What n blocks take, if FEW and MORE take so much."""
+    return few + (more - few) * (n - FEW) // (MORE - FEW)
+
+
+def _plan(s, blocks, weight_dtype, dtype):
+    """Of the first `blocks` blocks: ({part: bytes} that stays, [each phase's peak])."""
+    live = Live()
+    plan = {}
+    peaks = []
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
-    micro_batches = min(2, settings["gradient_accumulation_steps"])
-    if settings["moments"] == "8bit" or settings["weight_bits"] == 4:
+    micro_batches = min(2, s.gradient_accumulation_steps)
+    if s.moments == "8bit" or s.weight_bits == 4:
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        model, optimizer = build(settings | {"n_layer": blocks}, "cpu", weight_dtype)
+        model, optimizer = find(s.method).build(s.changed(n_layer=blocks), "cpu", weight_dtype)
         plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
         def micro_batch(last):
-            idx = torch.zeros(settings["batch_size"], settings["block_size"], dtype=torch.int64)
+            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)
             optimizer.accumulating = not last
             with autocast:
                 loss = model(idx, idx)
@@ -84,54 +102,73 @@ def _plan(settings, blocks, build, weight_dtype, dtype):
             loss.backward()
             peaks.append(live.pop_peak())
 
-        if isinstance(optimizer, torch.optim.Optimizer):
+        if hasattr(optimizer, "weights"):
+            _plan_in_backward(s, blocks, optimizer, micro_batches, micro_batch, live, plan)
+        else:
             for _ in range(2):  # torch makes the moments at the first step
                 for _ in range(micro_batches):
                     micro_batch(True)
                 optimizer.step()
                 optimizer.zero_grad()
-            plan["moments"] = sum(t.nbytes for of in optimizer.state.values() for t in of.values())
-        else:
-            plan["moments"] = live.now - plan["weights"]
-            if micro_batches > 1:  # the first step: every layer sums up a sketch
-                micro_batch(False)
-                optimizer.sums.clear()
-            first = live.now - sum(plan.values())
-            layers = len(optimizer.projections) * settings["n_layer"] // blocks
-            due = -(-layers // settings["proj_gap"])  # layers that refresh in one step, later
-            for name, rule in optimizer.rules.items():
-                optimizer.projections[name].basis = rule.no_basis()
-            for i, projection in enumerate(sorted(reversed(optimizer.projections.values()), key=lambda p: -p.other)):
-                if projection.next_refresh < math.inf:
-                    projection.next_refresh = 0 if i < due else 1
-            plan["projections"] = live.now - first - sum(plan.values())
-            if micro_batches > 1:
-                micro_batch(False)
-                plan["sums of micro-batches"] = live.now - sum(plan.values())
-            micro_batch(True)
-            optimizer.step()
+            state = [t for of in optimizer.state.values() for t in of.values()]
+            plan["moments"] = sum(t.nbytes for t in state)
     return plan, [*peaks, live.peak]
 
 
+def _plan_in_backward(s, blocks, optimizer, micro_batches, micro_batch, live, plan):
+    """The parts of a method whose weights step in backward: its first step, then a later one."""
+    plan["moments"] = live.now - plan["weights"]
+    if micro_batches > 1:  # the first step: every layer sums up a sketch
+        micro_batch(False)
+        optimizer.zero_grad()
+    before = live.now - sum(plan.values())
+    # from here on all layers have a basis, and some refresh it
+    layers = len(optimizer.weights) * s.n_layer // blocks
+    due = -(-layers // s.proj_gap)  # that refresh in one step
+    for weight in optimizer.weights:
+        weight.projection.basis = weight.empty_basis()
+    projections = [weight.projection for weight in reversed(optimizer.weights)]
+    projections.sort(key=lambda projection: -projection.other)
+    for i, projection in enumerate(projections):
+        if projection.next_refresh < math.inf:
+            projection.next_refresh = 0 if i < due else 2
+    plan["projections"] = live.now - before - sum(plan.values())
+    if micro_batches > 1:
+        micro_batch(False)
+        plan["sums of micro-batches"] = live.now - sum(plan.values())
+    micro_batch(True)
+    optimizer.step()
+
+
 def print_plan(plan, free, device):
-    for part, count in (plan | {"total": sum(plan.values())}).items():
+    need = sum(plan.values())
+    for part, count in (plan | {"total": need}).items():
         print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
     if free is None:
-        print(f"{device}: there is no such device here to compare with, or it does not tell what it has")
+        print(f"{device}: there is no such device here, or it does not tell what it has")
     else:
-        print(f"{device} has {free / GIB:.2f} GiB free: {'enough' if sum(plan.values()) <= free else 'NOT enough'}")
+        print(f"{device} has {free / GIB:.2f} GiB free: {'enough' if need <= free else 'NOT enough'}")
+
+
+LOWER = {  # what a user can do about the largest part
+    "gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
+    "moments": "rank",
+    "projections": "rank",
+    "sums of micro-batches": "gradient_accumulation_steps to 1, or with muon and fira raise "
+    "residual_blocks",
+}
 
 
 def refuse_what_does_not_fit(plan, free, device):
     """Leave with one line, if free is known: the bytes needed, and the settings to lower."""
-    need, largest = sum(plan.values()), max(plan, key=plan.get)
-    if free is not None and need - plan.get("sums of micro-batches", 0) <= free:
+    need = sum(plan.values())
+    if free is None or need <= free:
+        return
+    largest = max(plan, key=plan.get)
+    if need - plan.get("sums of micro-batches", 0) <= free:
         largest = "sums of micro-batches"
-    lower = {"gradients, activations": "batch_size or block_size, or set checkpoint_activations=True",
-             "moments": "rank", "projections": "rank",
-             "sums of micro-batches": "gradient_accumulation_steps to 1, or with muon and fira raise residual_blocks"}
-    lower = lower.get(largest, "n_layer or n_embd")
-    if free is not None and need > free:
-        raise SystemExit(f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "
-                         f"of which {largest} {plan[largest] / GIB:.2f}: lower {lower} "
-                         f"(--dry_run=True lists all)")
+    lower = LOWER.get(largest, "n_layer or n_embd")
+    raise SystemExit(
+        f"error: this run needs about {need / GIB:.2f} GiB and {device} has {free / GIB:.2f} free; "
+        f"of which {largest} {plan[largest] / GIB:.2f}: lower {lower} (--dry_run=True lists all)"
+    )

@@ -1,5 +1,26 @@
 """
-The files of tokens that train.py reads, in llm.c's format.
+Token shards: the files that train.py reads, in llm.c's format.
+
+A shard is three arrays, one after the other, all little-endian:
+
+    header   256 int32, which is 1024 bytes
+    tokens   uint16, or uint32 where the vocabulary has more than 65,535 tokens
+    flags    uint8, one a token, only in a shard of rows; plain text has none
+
+The header's first six numbers say what follows; the others are 0:
+
+    magic        20240520 for uint16, 20240801 for uint32
+    version      1 for uint16, 7 for uint32
+    count        tokens in this shard, at most 2^31 - 1
+    n_vocab      tokens in the vocabulary; 0: not told
+    row          tokens in a row, block_size + 1; 0: plain text
+    fingerprint  tells vocabularies of one size apart (run/encodings.py); 0: not told
+
+llm.c writes and reads the first three only, so shards of plain text go both ways.
+
+Plain text is documents end to end, an end-of-text token after each. A run cuts it where it likes.
+Rows come from finetune/prepare_sft.py. Each holds whole examples and then padding, and a flag's
+bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example starts with it.
 """
 
 import collections
@@ -8,76 +29,120 @@ import os
 
 import numpy as np
 
-LAYOUTS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: version, type; as in llm.c
+LAYOUTS = {  # magic: version, type of a token
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
+HEADER_BYTES = 1024
 
+# bits of a flag
+IN_LOSS = 1
+STARTS = 2
 
-def shard_header(count, n_vocab, row=0, fingerprint=0):
-    magic = 20240801 if n_vocab > 65535 else 20240520
-    header = np.zeros(256, "<i4")
-    header[:6] = magic, LAYOUTS[magic][0], count, n_vocab, row, fingerprint  # llm.c leaves the last three 0
-    return header, LAYOUTS[magic][1]
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file beside `path` to write to, which takes its name once the block has ended well."""
-    try:
-        with open(path + ".tmp", "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path + ".tmp")
-        raise
-
-
-def write_shard(path, tokens, n_vocab, flags=None, row=0, fingerprint=0):
-    """Write `tokens`, integers below n_vocab, as one shard: uint16, or uint32 where n_vocab is above 65535.
-
-    flags: one a token, where only some count in the loss: 1, it does; 2, an example starts here; stored as uint8 after
-    the tokens. row: with flags, the tokens of a row, block_size + 1. fingerprint: the vocabulary's, 0: unknown.
-    """
-    with replacing(path) as f:
-        f.writelines(shard_parts(tokens, n_vocab, flags, row, fingerprint))
-
-
-def shard_parts(tokens, n_vocab, flags=None, row=0, fingerprint=0):
-    """What write_shard writes: header, tokens, flags."""
-    header, dtype = shard_header(len(tokens), n_vocab, row, fingerprint)
-    return header, np.ascontiguousarray(tokens, dtype), np.ascontiguousarray([] if flags is None else flags, np.uint8)
-
-
-Shard = collections.namedtuple("Shard", "tokens n_vocab flags row fingerprint")  # as in write_shard
-
-
-def read_shard(path):
-    """(np.memmap of a shard's tokens, its n_vocab: 0 if made elsewhere). Exits with one line if it is not whole."""
-    return open_shard(path)[:2]
+# tokens, flags: np.memmap (count,), flags None for plain text; the others as in the header
+Shard = collections.namedtuple("Shard", "tokens n_vocab flags row fingerprint")
 
 
 def open_shard(path):
     """The Shard in a file, memory-mapped. Exits with one line if it is not whole."""
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, "<i4", 256)
+        size = os.path.getsize(path)
+        header = np.fromfile(path, "<i4", 256)
     except OSError as e:
-        raise SystemExit(f"error: {path}: {e.strerror}; make token shards with prepare_c4.py or prepare_sft.py")
+        raise SystemExit(
+            f"error: {path}: {e.strerror}; make token shards with prepare_c4.py or prepare_sft.py"
+        )
     if len(header) < 256:
-        raise SystemExit(f"error: {path}: truncated: {size} bytes, its header alone is 1024; delete it, make it again")
+        raise SystemExit(
+            f"error: {path}: truncated: {size} bytes, its header alone is 1024; "
+            "delete it, make it again"
+        )
     magic, version, count, n_vocab, row, fingerprint = header[:6].tolist()
+
+    # a file of another kind, or of another byte order, has another magic
     layout_version, dtype = LAYOUTS.get(magic, (None, None))
     if version != layout_version:
         known = " or ".join(f"{m} version {v}" for m, (v, _) in LAYOUTS.items())
-        raise SystemExit(f"error: {path}: not a token shard: magic {magic} version {version}, expected {known}")
-    end = 1024 + count * dtype.itemsize
-    whole = end + count * (row > 0)
+        raise SystemExit(
+            f"error: {path}: not a token shard: magic {magic} version {version}, expected {known}"
+        )
+
+    # a file that was cut short, or written by half, has another size than its header tells
+    tokens_end = HEADER_BYTES + count * dtype.itemsize
+    flags_bytes = count if row > 0 else 0
+    whole = tokens_end + flags_bytes
     if count < 1 or size != whole:
-        found = f"{size} bytes, but {whole} for the {count} tokens that its header counts"
-        raise SystemExit(f"error: {path}: truncated or empty: {found}; delete it and make it again")
-    if row < 0 or row and count % row:
-        raise SystemExit(f"error: {path}: damaged: {count} tokens are no rows of {row}; delete it and make it again")
-    flags = np.memmap(path, np.uint8, "r", end, (count,)) if row else None
-    return Shard(np.memmap(path, dtype, "r", 1024, (count,)), n_vocab, flags, row, fingerprint)
+        raise SystemExit(
+            f"error: {path}: truncated or empty: {size} bytes, but {whole} for the {count} tokens "
+            "that its header counts; delete it and make it again"
+        )
+    if row < 0 or (row > 0 and count % row):
+        raise SystemExit(
+            f"error: {path}: damaged: {count} tokens are no rows of {row}; "
+            "delete it and make it again"
+        )
+
+    tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,))
+    flags = None
+    if row:
+        flags = np.memmap(path, np.uint8, "r", tokens_end, (count,))
+    return Shard(tokens, n_vocab, flags, row, fingerprint)
 
 
+def read_shard(path):
+    """(tokens, n_vocab) of a shard, like open_shard."""
+    shard = open_shard(path)
+    return shard.tokens, shard.n_vocab
+
+
+def write_shard(path, tokens, n_vocab, flags=None, row=0, fingerprint=0):
+    """Write one shard, whole or not at all.
+
+    tokens: integers below n_vocab, in one dimension. flags, row: for rows, as above."""
+    with replacing(path) as f:
+        f.writelines(shard_parts(tokens, n_vocab, flags, row, fingerprint))
+
+
+def shard_parts(tokens, n_vocab, flags=None, row=0, fingerprint=0):
+    """The three arrays of a shard in the order of the file; arguments as in write_shard."""
+    header = shard_header(len(tokens), n_vocab, row, fingerprint)
+    tokens = np.ascontiguousarray(tokens, token_dtype(n_vocab))  # (count,)
+    flags = np.ascontiguousarray([] if flags is None else flags, np.uint8)  # (count,) or (0,)
+    return header, tokens, flags
+
+
+def shard_header(count, n_vocab, row=0, fingerprint=0):
+    """The header of `count` tokens, (256,) int32."""
+    magic = magic_of(n_vocab)
+    version, _ = LAYOUTS[magic]
+    header = np.zeros(256, "<i4")
+    header[:6] = magic, version, count, n_vocab, row, fingerprint  # llm.c reads the first three
+    return header
+
+
+def token_dtype(n_vocab):
+    """The type that a shard's tokens have, by the size of their vocabulary."""
+    _, dtype = LAYOUTS[magic_of(n_vocab)]
+    return dtype
+
+
+def magic_of(n_vocab):
+    """The layout for a vocabulary, as a key of LAYOUTS."""
+    return 20240801 if n_vocab > 65535 else 20240520
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file beside `path` to write to, which takes its name once the block has ended well."""
+    beside = path + ".tmp"
+    try:
+        with open(beside, "wb") as f:
+            yield f
+            # on the disk before it has the name: a power cut leaves the old file or the new one
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException:  # Ctrl-C, too
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise

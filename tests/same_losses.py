@@ -182,12 +182,13 @@ def main():
     old, new, *words = sys.argv[1:]
     names = [name for name in CASES if not words or any(word in name for word in words)]
     inputs = make_inputs(old)
+    same = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda name: compare(old, new, name, inputs), names))
-    print("\n".join(line for line, _ in results))
-    same = sum(ok for _, ok in results)
-    print(f"{same} of {len(results)} cases are the same")
-    raise SystemExit(same < len(results))
+        for line, ok in pool.map(lambda name: compare(old, new, name, inputs), names):
+            print(line, flush=True)
+            same += ok
+    print(f"{same} of {len(names)} cases are the same")
+    raise SystemExit(same < len(names))
 
 
 if __name__ == "__main__":

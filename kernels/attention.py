@@ -1,0 +1,72 @@
+"""
+Attention without its matrices: RoPE's angles, which keys a token sees, softmax(q k^T) v.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def rope(start, length, c, x):
+    """cos and sin (length, head_dim) of RoPE's angles at positions start.., of x's dtype.
+
+    c: LLaMAConfig, whose rope_scaling is "", "linear FACTOR", or LLaMA 3's "llama3 FACTOR LOW HIGH
+    LENGTH": wavelengths above LENGTH / LOW are stretched by FACTOR, those below LENGTH / HIGH stay,
+    those between are interpolated."""
+    at = torch.arange(0, c.head_dim, 2, device=x.device, dtype=torch.float32)
+    frequency = 1.0 / c.rope_theta ** (at / c.head_dim)
+    kind, *numbers = c.rope_scaling.split() or [""]
+    if kind == "linear":
+        frequency = frequency / float(numbers[0])
+    elif kind == "llama3":
+        factor, low, high, trained = map(float, numbers)
+        keep = ((trained * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / factor)
+    position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
+    angle = torch.outer(position, frequency)  # (T, hs / 2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def attention_mask(past, T, window, documents, device):
+    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool.
+
+    None if that is plainly all before it. window: how many at most. documents: (B, past + T), a
+    token sees those of its own number; or None."""
+    if documents is None and window >= past + T and not (past and T > 1):
+        return None
+    query = torch.arange(past, past + T, device=device)[:, None]
+    key = torch.arange(past + T, device=device)
+    seen = (key <= query) & (query - key < window)
+    if documents is not None:
+        seen = seen & (documents[:, None, -T:, None] == documents[:, None, None, :])
+    return seen.view(-1, 1, T, past + T)
+
+
+def attend(q, k, v, scale, softcap, mask):
+    """softmax(q k^T * scale) v, for q (B, nh, T, hs), k and v (B, nk, S, hs).
+
+    softcap: if not 0, logits pass through softcap * tanh(. / softcap). mask: (B or 1, 1, T, S)
+    bool, True where a token may look, or None: at all before it."""
+    gqa = q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[2] > 1
+    if gqa and (softcap or mask is not None):  # torch has no kernel that saves memory for these
+        repeats = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(repeats, dim=1)
+        v = v.repeat_interleave(repeats, dim=1)
+        gqa = False
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
+        )
+    logits = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)  # (B, nh, T, S)
+    if causal:
+        mask = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return logits.float().softmax(dim=-1).to(q.dtype) @ v
+
+
+def last(x, n, dim):
+    """The last n entries of x along dim, or all."""
+    n = min(n, x.shape[dim])
+    return x.narrow(dim, x.shape[dim] - n, n)

@@ -1,0 +1,136 @@
+"""
+What is kept of a gradient from one step to the next, in 1 to 8 bytes an element: Adam's moments, and
+the sum of a step's micro-batches.
+
+At LLaMA-7B and rank 1024 the low-rank gradients have 1.62 billion elements: each byte is 1.5 GiB.
+"""
+
+import math
+
+import torch
+
+from quant import (CHUNK, GROUP_SIZE, adam_int8_, add_bfloat16_, add_low_rank_int8_, bitsandbytes,
+                   chunks, dequantize_int8, quantize_int8)
+
+MIN_8BIT = 4096  # smaller tensors keep float32 moments, as in bitsandbytes
+MOMENTS = ("factored", "8bit", "float32")
+ACCUMULATION = ("int8", "bfloat16", "float32")
+
+
+class Moments:
+    """Adam's two moments of one tensor, by kind:
+
+    "factored": the first in INT8, rounded stochastically; the second as a row and a column,
+        v_ij = row_i col_j / mean (Adafactor, arXiv 1804.04235, section 3). 1 byte an element
+    "8bit": both as block-wise 8-bit codes, kept and stepped by bitsandbytes. 2 bytes
+    "float32": 8 bytes; also taken for vectors and small tensors"""
+
+    def __init__(self, shape, kind, device=None):
+        n = math.prod(shape)
+        self.age = 0  # steps taken
+        self.kind = kind if len(shape) > 1 and n >= MIN_8BIT else "float32"
+        if self.kind == "factored":
+            rows, cols = shape
+            groups = -(-cols // GROUP_SIZE)
+            self.m = torch.zeros(shape, dtype=torch.int8, device=device)
+            self.m_scale = torch.zeros(rows, groups, device=device)
+            self.m_zero = torch.zeros(rows, groups, device=device)
+            self.row = torch.zeros(rows, device=device)
+            self.col = torch.zeros(cols, device=device)
+        elif self.kind == "8bit":
+            self.m = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self.v = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self.m_max = torch.zeros(-(-n // 256), device=device)
+            self.v_max = torch.zeros(-(-n // 256), device=device)
+            self.m_codes, self.v_codes = (codes.to(device) for codes in bitsandbytes()[1])
+        else:
+            self.m = torch.zeros(shape, device=device)
+            self.v = torch.zeros(shape, device=device)
+
+    def step_(self, g, betas, eps, key=0):
+        """g <- Adam(g) in place: what a weight moves by at a rate of -1.
+
+        g: contiguous, any float dtype. key: of the numbers that round the first moment."""
+        self.age += 1
+        if self.kind == "factored":
+            self._step_factored_(g, betas, eps, key)
+        elif self.kind == "8bit":
+            self._step_8bit_(g, betas, eps)
+        else:
+            self.m.lerp_(g.float(), 1 - betas[0])
+            self.v.lerp_(g.float().square(), 1 - betas[1])
+            root = (self.v / (1 - betas[1] ** self.age)).sqrt_().add_(eps)
+            g.copy_(self.m / root.mul_(1 - betas[0] ** self.age))
+
+    def _step_factored_(self, g, betas, eps, key):
+        # means of g's squares by row and by column, a few rows in float32 at a time
+        row = torch.empty_like(self.row)
+        col = torch.zeros_like(self.col)
+        rows = max(1, CHUNK // g.shape[1])
+        for start in chunks(g, len(g), rows):
+            square = g[start : start + rows].float().square()
+            row[start : start + rows] = square.mean(dim=1)
+            col += square.sum(dim=0)
+        self.row.lerp_(row, 1 - betas[1])
+        self.col.lerp_(col / len(g), 1 - betas[1])
+        # the second moment's root is row_i col_j
+        mean = self.row.mean() * (1 - betas[1] ** self.age)
+        row = (self.row / mean.clamp_(min=1e-30)).sqrt_()
+        codes = (self.m, self.m_scale, self.m_zero)
+        correction = 1 - betas[0] ** self.age
+        adam_int8_(*codes, g, row, self.col.sqrt(), betas[0], correction, eps, key)
+
+    def _step_8bit_(self, g, betas, eps):
+        update = bitsandbytes()[0].optimizer_update_8bit_blockwise
+        parts = [t.view(-1).split(CHUNK) for t in (g, self.m, self.v)]
+        maxima = [t.split(CHUNK // 256) for t in (self.m_max, self.v_max)]
+        for g, m, v, m_max, v_max in zip(*parts, *maxima):
+            minus_n = torch.zeros_like(g)  # a weight of 0, moved at a rate of 1
+            codes = (self.m_codes, self.v_codes, m_max, v_max)
+            update("adam", g, minus_n, m, v, *betas, 0.0, 0.0, eps, self.age, 1.0, *codes)
+            torch.neg(minus_n, out=g)
+
+
+class Sum:
+    """A matrix (rows, cols) that a step's micro-batches add up in.
+
+    kind: "float32", 4 bytes an element; "bfloat16", 2; "int8", 1 and 8 bytes a group. The last two
+    are rounded stochastically at every addition."""
+
+    def __init__(self, rows, cols, kind, device):
+        self.kind = kind
+        self.added = 0
+        if kind == "int8":
+            groups = -(-cols // GROUP_SIZE)
+            self.finite = torch.ones((), dtype=torch.bool, device=device)  # INT8 has no NaN
+            self.codes = (
+                torch.zeros(rows, cols, dtype=torch.int8, device=device),
+                torch.zeros(rows, groups, device=device),
+                torch.zeros(rows, groups, device=device),
+            )
+        else:
+            self.total = torch.zeros(rows, cols, dtype=getattr(torch, kind), device=device)
+
+    def add_(self, left, right, key):
+        """self += left^T right, left (T, rows), right (T, cols)."""
+        self.added += 1
+        if self.kind == "int8":
+            self.finite &= (left.sum() + right.sum()).isfinite()
+            left, right = left.T.contiguous(), right.T.contiguous()
+            add_low_rank_int8_(*self.codes, left, right, 1.0, key)
+        elif self.kind == "bfloat16":
+            add_bfloat16_(self.total, left.T @ right, 1.0, key)
+        else:
+            self.total += left.T @ right
+
+    def set_(self, value):
+        if self.kind == "int8":
+            self.codes = quantize_int8(value)
+        else:
+            self.total.copy_(value)
+
+    def value(self):
+        """(rows, cols) float32; in "int8" all NaN if anything that was added was not finite."""
+        if self.kind == "int8":
+            return dequantize_int8(*self.codes).masked_fill_(~self.finite, torch.nan)
+        return self.total.float()

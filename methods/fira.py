@@ -1,0 +1,76 @@
+"""
+Fira (arXiv 2410.01623): what low rank throws away moves W, too.
+"""
+
+import torch
+
+from methods.registry import FLOATS, SUBSPACE, register
+from qgalore import ProjectedWeight, frobenius
+
+GROWTH = 1.01  # by which a step may be longer than the one before it
+
+READS = SUBSPACE + ("residual_blocks",)
+
+
+@register("qfira", "Q-GaLore, and Fira's residual", reads=READS)
+@register(
+    "fira",
+    "GaLore, and the residual of the gradient, scaled as Adam scales its neighbour",
+    weight_bits=(16, 8),
+    reads=READS,
+    fixes=FLOATS,
+)
+class Fira(ProjectedWeight):
+    """W moves by P N + phi S: S = G - P R, each column scaled as much as Adam made of R's.
+
+    What is gathered is R (rank, other) and below it G. With residual_blocks > 1 a step looks at
+    each residual_blocks-th row of G, in turn, and moves it so many times as far: sums of
+    micro-batches and ranks are as much smaller."""
+
+    options = ("residual_blocks",)
+
+    def __init__(self, *args, residual_blocks=1):
+        super().__init__(*args)
+        self.blocks = residual_blocks
+
+    def rows(self):
+        """Those of G and P that this step looks at."""
+        return slice(self.step % self.blocks, None, self.blocks)
+
+    def factors(self, x, dy):
+        left, right = super().factors(x, dy)
+        a, _ = self.projection.sides(x, dy)
+        return torch.cat([left, a[:, self.rows()]], dim=1), right
+
+    def among_all(self, g):
+        """The rows that this step looks at, and zeros for all others: (dim, other)."""
+        if self.blocks == 1:
+            return g
+        whole = g.new_zeros(self.projection.dim, self.projection.other)
+        whole[self.rows()] = g
+        return whole
+
+    def norm(self, gradient):
+        return frobenius(gradient[: self.projection.rank])
+
+    def direction(self, gradient):
+        p = self.projection.matrix()
+        r, g = gradient.tensor_split([self.projection.rank])
+        rest = g.addmm_(p[self.rows()], r, alpha=-1)  # S
+        before = r.norm(dim=0)
+        n = self.adam_(r)
+        phi = self.blocks * n.norm(dim=0) / (before + 1e-8)
+        rest = limit_growth_(self.state, rest.mul_(phi))
+        return None, self.among_all(rest).addmm_(p, n)
+
+
+def limit_growth_(state, step):
+    """Shrink a step that is more than GROWTH times as long as the last; state keeps its norm."""
+    norm = step.norm()
+    before = state.get("norm")
+    if before is not None:  # a step of nothing, from a gradient not finite, bounds none after it
+        excess = ((norm / (before + 1e-8)).clamp_(min=GROWTH) / GROWTH).where(before > 0, 1)
+        step /= excess
+        norm = (norm / excess).where(norm > 0, before)
+    state["norm"] = norm
+    return step
