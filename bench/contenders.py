@@ -246,9 +246,11 @@ def build_ours(s, kind, dtype, phases):
 
 
 def settled(s, method, **changes):
-    """The settings of `method`: a copy of s with these changes and the method's own."""
+    """The settings of `method`: a copy of s with these changes and the method's own.
+
+    s is for many methods: what one of them does not read, or fixes, is no user's mistake here."""
     s = copy.copy(s)  # other contenders, and bench.json, have s as the user gave it
-    vars(s).update(changes, method=method)
+    vars(s).update(changes, method=method, given={})
     return find(method).settle(s)
 
 
@@ -265,8 +267,8 @@ def time_phases_of_ours(phases):
     phases.wrap(ProjectedWeight, "move", "update")
     phases.wrap(Parameter, "move", "update")
     phases.wrap(Projection, "project", "projection")
-    phases.wrap(Projection, "look", "refresh")
-    phases.wrap(Projection, "turn", "refresh", takes_basis=True)
+    phases.wrap(Projection, "sketch", "refresh")
+    phases.wrap(Projection, "refresh", "refresh", takes_basis=True)
     phases.wrap(ProjectedWeight, "gather", _phase_of_gather)
 
 

@@ -54,8 +54,8 @@ def against_svd(x, dy, rank, kind):
     projection = Projection(dy.shape[1], x.shape[1], rank, bits=16)
 
     def refresh(step):
-        left, right = projection.look(x, dy, step)
-        projection.turn((left.T @ right).float(), step)
+        left, right = projection.sketch(x, dy, step)
+        projection.refresh((left.T @ right).float(), step)
 
     def svd(step):
         return torch.linalg.svd((dy.T @ x).float(), full_matrices=False)

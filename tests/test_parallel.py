@@ -161,7 +161,7 @@ def test_a_job_that_cannot_start_is_one_line_on_every_rank(shards, tmp_path):
 
 def test_ranks_with_different_code_are_refused_by_file(tmp_path):
     files = ranks_module._code()
-    assert {"qgalore.py", "run/ranks.py", "kernels/quantized.py", "finetune/hf.py"} < files.keys()
+    assert {"qgalore.py", "run/ranks.py", "kernels/moments.py", "finetune/hf.py"} < files.keys()
     for path in [*files, "test_qgalore.py"]:
         os.makedirs(os.path.dirname(f"{tmp_path}/copy/{path}"), exist_ok=True)
         shutil.copy(f"{HERE}/{path}", f"{tmp_path}/copy/{path}")
