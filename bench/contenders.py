@@ -160,6 +160,7 @@ def measure(s, kind, dtype):
     # what this process takes without any model is not the contender's
     is_peer = s.contender in PEERS
     attach = prepare_peer(s.contender, kind, s.peer_svd) if is_peer else None
+    torch.optim.SGD([torch.zeros(1)])  # the first optimizer imports torch's compiler, some 100 MiB
     limit_memory(s, kind)
     phases = Phases(kind)
     baseline = peak_gib(kind)
