@@ -1,0 +1,10 @@
+"""
+How much memory and time training takes, by Q-GaLore and by others, on the same model and tokens.
+
+    python -m bench config/llama_60m.py
+
+__main__.py    settings, and the table and picture of all contenders; begin here
+contenders.py  measures one contender, in a process of its own
+peers.py       the published optimizers, each put on the model as its authors do
+refresh.py     the range finder of a refresh against exact SVD (--refresh_study=True)
+"""
