@@ -1,4 +1,4 @@
-"""Before any test file imports kernels/: without a GPU, Triton runs in its interpreter, in numpy."""
+"""Before any test imports kernels/: without a GPU, Triton's kernels run in its interpreter."""
 
 import importlib
 import os
@@ -12,16 +12,13 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """A folder of token shards; forks of this process find torch's fake tensors and matplotlib loaded."""
-    import train
-    from configurator import configure
+    """A folder of token shards. Forks of this process find what takes long to load loaded."""
     from run.memory import memory_plan
-    from tests.common import TINY_RUN, write_shards
+    from tests.common import TINY_RUN, settings, write_shards
 
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder)
-    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
-    config = configure(settings, [*TINY_RUN, "--n_kv_head=2", "--gradient_accumulation_steps=2"])
-    memory_plan(config, train.build, torch.float32, torch.float32)
+    s = settings(*TINY_RUN, "--gradient_accumulation_steps=2")
+    memory_plan(s, torch.float32, torch.float32)  # torch's fake tensors
     importlib.import_module("matplotlib.pyplot")
     return str(folder)

@@ -16,10 +16,20 @@ import numpy as np
 import torch
 
 import train
+from configurator import configure
+from methods.registry import find
 from model import LLaMAConfig
 from run.shards import write_shard
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository
+
+
+def settings(*args):
+    """train.py's settings as these flags and config files make them, settled by their method."""
+    s = configure(train, argv=[*map(str, args)])
+    s.pretrained = ""
+    s.low_rank = ""
+    return find(s.method).settle(s)
 
 
 def tiny(**changes):
@@ -32,10 +42,12 @@ def tokens(batch=2, length=32, vocab=61, seed=0):
     return data[:, :-1].clone(), data[:, 1:].clone()
 
 
-TINY_RUN = (
-    "--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --encoding=bytes --block_size=32 --batch_size=4"
-    " --rank=16 --proj_gap=3 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1 --warmup_iters=2"
+TINY_MODEL = (  # for any method
+    "--n_layer=2 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --encoding=bytes"
+    " --block_size=32 --batch_size=4 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1"
+    " --warmup_iters=2"
 ).split()
+TINY_RUN = [*TINY_MODEL, "--rank=16", "--proj_gap=3"]  # for methods that project
 
 
 def write_shards(folder, n=20_000, n_vocab=257):
