@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
+from model import LLaMA, LLaMAConfig, QEmbedding, QLinear
 from qgalore import QGaLore
 from run import foreign
 
