@@ -27,6 +27,10 @@ SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # no checkpoint brings these
 
 
+class Damaged(SystemExit):
+    """A file that is no whole checkpoint; the one before it may be."""
+
+
 def checkpoint_paths(out_dir):
     """The checkpoints of out_dir, newest first."""
     numbers = {}  # {file name: how many came after it}
@@ -85,7 +89,7 @@ def read_checkpoint(path):
         raise SystemExit(f"error: {path} does not exist: name a run's folder with --out_dir")
     except Exception as e:  # zipfile and torch raise many kinds on a damaged or foreign file
         kind = type(e).__name__
-        raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({kind})")
+        raise Damaged(f"error: {path} is damaged or not a checkpoint of train.py ({kind})")
     if made != FORMAT:
         why = ""
         if made == 2:
@@ -104,7 +108,7 @@ def load_checkpoint(out_dir):
     for i, path in enumerate(candidates):
         try:
             return read_checkpoint(path) | {"path": path, "damaged": candidates[:i]}
-        except SystemExit as e:
+        except Damaged as e:
             if path == candidates[-1]:
                 raise
             print(f"{e}; going back to the one before it")
