@@ -101,6 +101,8 @@ class SumInMomentum(Sum):
 @register("muon", "the same with float weights, bases and momentum", weight_bits=(16, 8),
           reads=READS, fixes=FLOATS)
 class Muon(Fira):
+    """W moves by the orthogonal factors of P M + GRADIENT G. What is gathered is R and G, as Fira's."""
+
     def new_moments(self, shape):
         return Momentum(shape, self.optimizer.moments, self.optimizer.device)
 
