@@ -31,8 +31,8 @@ from quant import (add_bfloat16_, add_low_rank_int8_, decode, dequantize_int4, d
 from run.data import Windows
 from run.shards import read_shard
 from sample import generate
-from tests.common import (TINY_MODEL, TINY_RUN, Job, check_run, one_line_error, read_log, run, tiny,
-                          tokens, trains)
+from tests.common import (TINY_RUN, Job, check_run, one_line_error, read_log, run, tiny, tokens,
+                          trains)
 
 # -----------------------------------------------------------------------------
 # quant.py: number formats
@@ -982,7 +982,7 @@ def kill_soon(process, folder, seconds):
 
 
 def test_a_run_killed_at_random_moments_continues_bit_for_bit(shards, tmp_path):
-    args = [f"--data_dir={shards}", *TINY_RUN, "--max_iters=60", "--eval_interval=5",
+    args = [f"--data_dir={shards}", *TINY_RUN, "--max_iters=45", "--eval_interval=5",
             "--gradient_accumulation_steps=2"]
     whole = f"{tmp_path}/whole"
     broken = f"{tmp_path}/broken"
@@ -1015,8 +1015,8 @@ def test_a_method_learns_and_leaves_its_files(shards, tmp_path, method):
 BAD = """
 --method=sgd --weight_bits=4 --weight_bits=5 --lora_alpha=0 --lora_alpha=8 --init_from=nowhere
 --device=tpu --dtype=int8 --n_head=7 --rank=0 --moments=4bit --checkpoint_bits=4 --matmul=int4
---accumulation=half --keep_checkpoints=0 --beta1=1.5 --learning_rate=-1 --max_iters=-1
---embed_bits=8
+--accumulation=half --keep_checkpoints=0 --beta1=1.5 --beta1=1 --beta2=1 --learning_rate=-1
+--max_iters=-1 --embed_bits=8
 """.split()
 
 

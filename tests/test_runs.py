@@ -21,8 +21,7 @@ from run.checkpoint import FORMAT, checkpoint_paths, load_checkpoint, save_check
 from run.data import Windows
 from run.shards import write_shard
 from run.stop import Stop
-from tests.common import (HERE, TINY_RUN, Job, check_run, one_line_error, read_log, run, script,
-                          trains)
+from tests.common import HERE, TINY_RUN, Job, check_run, one_line_error, read_log, run, script
 
 
 def arguments(shards, out_dir, *more):
