@@ -3,15 +3,14 @@ LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
 
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
-Pre-norm, no biases. Its relatives are a field of LLaMAConfig each: Mistral slides a window over the
-keys, Qwen2 has biases on queries, keys and values, Gemma a gelu, wider heads and a scaled
-embedding, Gemma 2 more norms and soft caps.
+Its relatives are a field of LLaMAConfig each: Mistral slides a window over the keys, Qwen2 has
+biases on queries, keys and values, Gemma a gelu, wider heads and a scaled embedding, Gemma 2 more
+norms and soft caps.
 
 Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
 bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte
 a weight, 6.2 GiB with scales, and makes a float copy for one product at a time. In backward it
-never forms its gradient: it hands the gradient's two factors, x and dy, to a hook that the
-optimizer sets (see qgalore.py).
+hands its gradient's two factors, x and dy, to a hook that the optimizer sets (see qgalore.py).
 """
 
 import re
@@ -57,7 +56,7 @@ class QMatrix(nn.Module):
         self.bits = bits
         self.group_size = group_size
         w = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.set_weight(w.normal_(std=INIT_STD))
+        self.set_weight(w.normal_(std=INIT_STD))  # one float matrix at a time
 
     def set_weight(self, w):
         """Take w (out_features, in_features), any float dtype; with bits=16 it is not copied."""
@@ -70,7 +69,7 @@ class QMatrix(nn.Module):
         else:
             codes = quantize_nf4(w)
         for name, tensor in zip(self.BUFFERS[self.bits], codes):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor)  # in the place of the one before
 
     def base_weight(self, dtype=torch.float32):
         """W in `dtype`, without an adapter."""
@@ -96,9 +95,9 @@ class QEmbedding(QMatrix):
         self.dtype = dtype
 
     def forward(self, idx):
-        rows = idx.flatten()
+        rows = idx.flatten()  # (B T,)
         w = dequantize_int8(self.q[rows], self.scale[rows], self.zero[rows], self.dtype)
-        return w.view(*idx.shape, -1)
+        return w.view(*idx.shape, -1)  # (B, T, C)
 
     def slices(self, dtype):
         """(slice of rows, these rows in `dtype`), one after the other."""
@@ -138,7 +137,7 @@ class QLinear(QMatrix):
         """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
         if self.adapter is None:
             return self.base_weight(dtype)
-        return (self.base_weight() + self.adapter.delta()).to(dtype)
+        return (self.base_weight() + self.adapter.delta()).to(dtype)  # the sum in float32
 
     def add_low_rank_(self, left, right, shrink=1.0, key=None):
         """W <- shrink * W + left @ right^T, or + left where right is None.
@@ -161,23 +160,16 @@ class QLinear(QMatrix):
         y = _QLinearFunction.apply(x, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        if self.adapter is not None:
-            y = y + self.adapter(x)
-        return y
-
-
-class _Use:
-    """Stands for one forward of a QLinear while its backward may come."""
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class _QLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        ctx.use = _Use()
         if layer.hook is not None and ctx.needs_input_grad[0]:
             ctx.save_for_backward(x)
-            layer.uses.add(ctx.use)
+            layer.uses.add(ctx)
         if layer.matmul == "int8":
             y = matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero)
             return y.unflatten(0, x.shape[:-1])
@@ -193,7 +185,7 @@ class _QLinearFunction(torch.autograd.Function):
         else:
             dx = dy @ layer.base_weight(dy.dtype)
         if saved:  # after dx, because the hook steps the weight
-            layer.uses.discard(ctx.use)
+            layer.uses.discard(ctx)
             layer.hook(layer, saved[0].flatten(0, -2), dy.flatten(0, -2))
         return dx, None
 
@@ -204,10 +196,8 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
     pattern: a regular expression that their names match (re.search; "" matches all). A Linear that
     does not require grad becomes a QLinear that does not train. Returns the names; raises
     ValueError if there is none."""
-    names = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and re.search(pattern, name):
-            names.append(name)
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = [name for name in linears if re.search(pattern, name)]
     if not names:
         raise ValueError(f"no torch Linear in the model has a name that matches {pattern!r}")
     for name in names:
@@ -216,7 +206,7 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
         layer = QLinear(*shape, bits=bits, group_size=group_size, device="meta")
         layer.set_weight(old.weight.detach())
         layer.bias = old.bias
-        layer.trains = old.weight.requires_grad
+        layer.trains = old.weight.requires_grad  # frozen stays frozen
         model.set_submodule(name, layer)
     return names
 
@@ -297,10 +287,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nk, T, hs)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = self.rotate(q, cos, sin)
-        k = self.rotate(k, cos, sin)
+        k = self.rotate(k, cos, sin)  # (B, nk, T, hs)
         if cache is not None:
             if "k" in cache:  # of one row, where all rows begin alike
                 k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)
@@ -308,7 +298,7 @@ class Attention(nn.Module):
             # with a new token's own, block_size - 1 keys are block_size; RoPE sees only distances
             cache["k"] = last(k, self.block_size - 1, 2)
             cache["v"] = last(v, self.block_size - 1, 2)
-        y = attend(q, k, v, self.scale, self.softcap, mask)
+        y = attend(q, k, v, self.scale, self.softcap, mask)  # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -344,9 +334,9 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, bias, device=,
-    dtype=): QLinear, a partial of it, or plain_linear for full-rank training. Layers are built one
-    after the other on `device`, so with QLinear at most one weight exists in float.
+    """linear: makes a layer of (in_features, out_features, bias, device=, dtype=): QLinear, a
+    partial of it, or plain_linear for full-rank training. Layers are built one after the other on
+    `device`, so with QLinear at most one weight exists in float.
 
     dtype: of embedding and head, and of float weights. embedding: makes both of (vocab_size,
     n_embd, device=, dtype=): QEmbedding, or plain_embedding, which is trained."""
@@ -412,7 +402,7 @@ class LLaMA(nn.Module):
         if targets is None:
             return self.logits(x[:, -1])
         x = x.flatten(0, 1)  # (B T, C)
-        targets = targets.flatten()
+        targets = targets.flatten()  # (B T,)
         if documents is not None:  # examples, of which few tokens count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
             x, targets = x[at], targets[at]

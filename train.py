@@ -44,7 +44,7 @@ eval_interval: at_least(1) = 500  # steps between evaluations; each is followed 
 eval_iters: at_least(1) = 40  # batches an evaluation reads, always the same ones
 log_interval: at_least(1) = 10  # steps between lines of log.jsonl
 eval_only = False  # evaluate once and leave, writing nothing
-init_from = "scratch"  # "resume": out_dir's newest checkpoint; or a Hugging Face directory or repository
+init_from = "scratch"  # "resume": out_dir's newest checkpoint; or a Hugging Face one, path or name
 max_minutes: at_least(0) = 0.0  # save and leave after so many; 0 = never
 sample_tokens: at_least(0) = 0  # tokens to generate and show at the end
 wandb_log = False
@@ -78,13 +78,13 @@ gap_growth: at_least(0) = 0.0  # the gap before refresh i is longer by gap_growt
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
 proj_k: at_least(1) = 5  # refreshes in that mean
 proj_bits: one_of(4, 8, 16) = 4  # of the bases; 16: not quantised
-proj_side: one_of(*SIDES) = "auto"  # of a weight, that is projected: the smaller; or the inputs: right
+proj_side: one_of(*SIDES) = "auto"  # of a weight, that is projected: auto: the smaller
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
 residual_blocks: at_least(1) = 1  # muon, fira: a step sees each such row of the gradient itself
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
 weight_group_size: at_least(1) = 256
-freeze_embedding = False  # embedding and head stay: saves their gradients and moments in fine-tuning
+freeze_embedding = False  # embedding and head stay: saves their gradients and moments
 embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
 lora_alpha: at_least(1) = 32.0  # adapters count alpha / rank times
 matmul: one_of("float", "int8") = "float"  # int8: x and dy rounded to 8 bits, on INT8 tensor cores
@@ -251,9 +251,8 @@ class Run:
             stopping = self.ranks.any(self.stop.asked())
             if (self.it - 1) % s.log_interval == 0 or stopping:
                 entry = self.report(loss, lr)
-                bar.set_postfix(
-                    loss=f"{entry['loss']:.3f}", tokens_per_s=f"{entry['tokens_per_s']:.0f}"
-                )
+                shown = {"loss": f"{entry['loss']:.3f}"}
+                bar.set_postfix(shown | {"tokens_per_s": f"{entry['tokens_per_s']:.0f}"})
             if stopping:
                 self.save()
                 break
@@ -281,8 +280,7 @@ class Run:
         if not self.in_backward:
             self.sum_and_clip()
         optimizer.step()
-        if not self.in_backward:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         self.it += 1
         return loss
 
@@ -360,7 +358,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("error: stopped at once, without saving: --init_from=resume goes on from "
-                         "the last checkpoint")
+        raise SystemExit("error: stopped, not saved: --init_from=resume takes the last checkpoint")
     except OSError as e:  # a full disk, most likely
         raise SystemExit(f"error: {e}")
