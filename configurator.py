@@ -71,7 +71,9 @@ def configure(*modules, argv=None, ignore_unknown=False):
     """
     declared = {}
     for module in modules:
-        declared.update(declarations(module))
+        for name, setting in declarations(module).items():
+            declared.pop(name, None)  # in the section of the module that has it last
+            declared[name] = setting
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print_help(modules[-1], declared)
@@ -133,7 +135,10 @@ def declarations(module):
         last_line = node.end_lineno
         comment = lines[last_line - 1][node.end_col_offset :].partition("#")[2].strip()
         found[name] = SimpleNamespace(
-            default=getattr(module, name), allowed=annotations.get(name), help=comment, section=section
+            default=getattr(module, name),
+            allowed=annotations.get(name),
+            help=comment,
+            section=section,
         )
     return found
 

@@ -3,15 +3,14 @@ LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
 
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
-Pre-norm, no biases. Its relatives are a field of LLaMAConfig each: Mistral slides a window over the
-keys, Qwen2 has biases on queries, keys and values, Gemma a gelu, wider heads and a scaled
-embedding, Gemma 2 more norms and soft caps.
+Its relatives are a field of LLaMAConfig each: Mistral slides a window over the keys, Qwen2 has
+biases on queries, keys and values, Gemma a gelu, wider heads and a scaled embedding, Gemma 2 more
+norms and soft caps.
 
 Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
 bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte
 a weight, 6.2 GiB with scales, and makes a float copy for one product at a time. In backward it
-never forms its gradient: it hands the gradient's two factors, x and dy, to a hook that the
-optimizer sets (see qgalore.py).
+hands its gradient's two factors, x and dy, to a hook that the optimizer sets (see qgalore.py).
 """
 
 import re
@@ -297,10 +296,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, nk, T, hs)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = self.rotate(q, cos, sin)
-        k = self.rotate(k, cos, sin)
+        k = self.rotate(k, cos, sin)  # (B, nk, T, hs)
         if cache is not None:
             if "k" in cache:  # of one row, where all rows begin alike
                 k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)

@@ -17,9 +17,9 @@ with weak ones.
 P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has
 come to rest doubles its own gap, and stops paying for refreshes (section 3.2).
 
-Read on in this order: Projection, the basis and its schedule; ProjectedWeight and Parameter, the
-two kinds of tensors that are trained; QGaLore, the optimizer. Adam's step on moments of 8 bits is in
-kernels/moments.py. Other rules on the same R and P are subclasses of ProjectedWeight: methods/.
+Read on: Projection, the basis and its schedule; ProjectedWeight and Parameter, the two kinds of
+tensors that are trained; QGaLore, the optimizer. Adam's step on 8-bit moments is in
+kernels/moments.py, sister methods of ProjectedWeight are in methods/.
 """
 
 import math
@@ -57,9 +57,8 @@ class Projection:
     def __init__(self, out_features, in_features, rank, gap=200, threshold=0.4, k=5, bits=4,
                  svd=False, phase=1.0, device=None, side="auto", growth=0.0):
         self.right = out_features >= in_features if side == "auto" else side == "right"
-        self.dim, self.other = in_features, out_features  # the projected side, and the other
-        if not self.right:
-            self.dim, self.other = out_features, in_features
+        self.dim = in_features if self.right else out_features  # of the projected side
+        self.other = out_features if self.right else in_features
         self.rank = min(rank, self.dim)
         self.threshold = threshold
         self.bits = bits
@@ -218,7 +217,7 @@ class Trained:
         """At step(): move by the gradient that waits."""
         if self.waiting is not None:
             self.move(self.optimizer.clip_(self.waiting()))
-            self.waiting = None
+        self.waiting = None
 
     def keep(self, gradient):
         """A function that gives the gradient back at step()."""
@@ -320,7 +319,7 @@ class ProjectedWeight(Trained):
         super().resume()
         if self.sketch is not None:
             self.refresh(self.sketch)
-            self.sketch = None
+        self.sketch = None
 
     def move(self, gradient):
         """Step the weight by a gradient, as gathered, float32, which is overwritten."""
@@ -415,13 +414,12 @@ class Parameter(Trained):
             self.end()
 
     def end(self):
-        if self.ended:
+        gradient = self.p.grad
+        if self.ended or gradient is None:
             return
         self.ended = True
-        gradient = self.p.grad
         self.p.grad = None
-        if gradient is not None:
-            self.optimizer.ranks.sum_(gradient.contiguous(), self.receive_gradient)
+        self.optimizer.ranks.sum_(gradient.contiguous(), self.receive_gradient)
 
     def receive_gradient(self, gradient):
         self.receive(gradient, frobenius(gradient))
@@ -451,17 +449,14 @@ class QGaLore(torch.optim.Optimizer):
     steps of several ranks, or clipped by a global norm. Elsewhere it has nothing to do.
 
     model: any module, on one device. Frozen parameters, and QLinears with trains = False, stay.
-    lr: of ordinary parameters; projected weights move at lr * scale. It is param_groups[0]["lr"],
-        and torch's schedulers set it.
-    weight_decay: decoupled, on matrices alone.
+    lr: of ordinary parameters; projected weights move at lr * scale. Torch's schedulers set it.
+    weight_decay: decoupled, on matrices alone. stochastic_rounding: False: INT8 to nearest.
     rank: of the projections, clamped to a weight's smaller side.
     gap: steps between refreshes. It doubles where the mean similarity of the last k reaches
         threshold; over 1: never. gap_growth: gap number i is longer by gap_growth^i.
     proj_bits: of the bases: 4, 8 or 16 (not quantised). svd: exact, in place of the sketch.
     side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller.
-    moments, accumulation: formats, see Moments and Sum. Those of ordinary parameters add up in
-        .grad.
-    stochastic_rounding: False rounds INT8 weights to nearest.
+    moments, accumulation: formats, see Moments and Sum; ordinary gradients add up in .grad.
     grad_clip: if positive, the norm that all gradients together are scaled down to (low-rank ones,
         where projected). With micro-batches or ranks it is the step's own: weights wait for
         step(). Else a weight steps before later norms are known, and takes the last step's.
@@ -497,10 +492,9 @@ class QGaLore(torch.optim.Optimizer):
         self.ranks = ranks or Ranks()  # without arguments: this process alone
         self.accumulating = False  # now
         self.accumulated = False  # in this step
-        n = len(layers) + len(parameters)
-        self.norms = torch.zeros(n, device=self.device)  # on the device: a step waits for nothing
+        # on the device: a step waits for nothing
+        self.norms = torch.zeros(len(layers) + len(parameters), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
-
         self.weights = []
         for i, (name, layer) in enumerate(layers.items()):
             shape = layer.out_features, layer.in_features
@@ -529,10 +523,8 @@ class QGaLore(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """End a step: sums that are not ended or on their way, weights that wait for all norms."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         trained = self.trained.values()
         for t in trained:
             t.end()

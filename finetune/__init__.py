@@ -1,0 +1,13 @@
+"""
+Pretrained checkpoints: in, tuned, judged and out again. The core never imports this room.
+
+    hf.py                 Hugging Face checkpoints in and out
+    hf_config.py          what their config.json says; hf_files.py: their safetensors files
+    tokenizer.py          the tokenizer of a checkpoint, with its chat template
+    prepare_sft.py        conversations, or prompts and answers, as shards that train.py reads
+    evaluate.py           validation loss, and tasks with known answers
+    adapters.py           LoRA, and LowRank, which takes a matrix's place
+    welore.py             WeLore: a checkpoint whose low-rank matrices become two factors
+
+Begin with hf.py: load() makes a model of a checkpoint, save() a checkpoint of a model.
+"""

@@ -1,108 +1,167 @@
 """
-Compress a checkpoint by WeLore (arXiv 2407.11239): matrices that have a low rank anyway become two factors.
-    python welore.py --model=meta-llama/Llama-2-7b-hf --out=llama2-welore --keep=0.5
-    python train.py --init_from=llama2-welore --method=welore --learning_rate=5e-5      # trains the factors
+Compress a checkpoint by WeLore (arXiv 2407.11239): matrices of low rank become two factors.
+    python -m finetune.welore --model=meta-llama/Llama-2-7b-hf --out=llama2-welore --keep=0.5
+    python train.py --init_from=llama2-welore --method=welore --learning_rate=5e-5
 
-One threshold for all: a matrix keeps the k singular values that are at least `threshold` of the way from its smallest
-to its largest, which is few where the spectrum has a heavy tail. The threshold is such that all matrices together keep
-`keep` of their ranks. What then keeps less than `least` becomes (U_k sqrt(S_k)) (sqrt(S_k) V_k^T), the rest stays as it
-is. Nothing but the weights is looked at, one matrix at a time.
+The second command trains the factors.
 
-Two factors take k (m + n) numbers, the matrix m n: a square one that keeps half its rank has as many as before.
+One threshold holds for all matrices. A matrix keeps the k singular values that are at least
+`threshold` of the way from its smallest to its largest; where the spectrum has a heavy tail these
+are few. The threshold is such that all matrices together keep `keep` of their ranks. What then
+keeps less than `least` becomes (U_k sqrt(S_k)) (sqrt(S_k) V_k^T), the rest stays as it is. Nothing
+but the weights is looked at, one matrix at a time.
+
+Two factors take k (m + n) numbers, the matrix m n: a square one that keeps half its rank has as
+many as before.
 """
+
+import sys
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
+from configurator import between, configure
 from finetune import hf
-from configurator import configure
 from finetune.hf_config import read_json, settings
 from model import LLaMA, LLaMAConfig, QLinear
+from run.device import pick_device
 
+# input and output
 model = ""  # a Hugging Face directory or repository
 out = ""  # the directory to make
-keep = 0.5  # of all ranks
-least = 0.5  # matrices that keep this share of their ranks, or more, stay whole
-uniform = False  # the same share of each matrix's ranks, to compare with
 device = "auto"  # of the decompositions
+
+# how much is kept
+keep: between(0, 1) = 0.5  # of all ranks; above 0
+least: between(0, 1) = 0.5  # matrices that keep this share of their ranks, or more, stay whole
+uniform = False  # the same share of each matrix's ranks, to compare with
+
+BISECTIONS = 50  # of the threshold
 
 
 def ranks_at(threshold, values):
     """{name: k} of the singular values {name: descending}, normalised to 0..1 in each matrix."""
-    return {name: int(((s - s[-1]) / (s[0] - s[-1]).clamp(min=1e-30) >= threshold).sum()) for name, s in values.items()}
+    ranks = {}
+    for name, s in values.items():
+        largest, smallest = s[0], s[-1]  # they are in descending order
+        normalised = (s - smallest) / (largest - smallest).clamp(min=1e-30)  # all may be alike
+        ranks[name] = int((normalised >= threshold).sum())
+    return ranks
 
 
 def choose_ranks(values, keep):
-    """The ranks at the threshold where they sum up to `keep` of all, as nearly as bisection in 50 steps comes."""
-    low, high, most = 0.0, 1.0, sum(len(s) for s in values.values())
-    for _ in range(50):
+    """{name: k} at the threshold where they sum up to `keep` of all, as near as bisection comes."""
+    # the higher the threshold, the fewer ranks stay
+    low = 0.0
+    high = 1.0
+    most = sum(len(s) for s in values.values())
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if sum(ranks_at(middle, values).values()) > keep * most:
-            low = middle
+            low = middle  # too many ranks
         else:
             high = middle
     return ranks_at(high, values)
 
 
+def ranks_of_factors(values, keep, least, uniform):
+    """{name: k} of the matrices, of singular values {name: descending}, that become factors."""
+    if uniform:
+        return {name: max(1, round(keep * len(s))) for name, s in values.items()}
+    ranks = choose_ranks(values, keep)
+    # two factors of most ranks would take more than the matrix
+    return {name: max(1, k) for name, k in ranks.items() if k < least * len(values[name])}
+
+
 def factors(w, k):
-    """u (out, k), v (k, in) of w (out, in), which is the product of the two but for the smallest singular values."""
+    """u (out, k), v (k, in): their product is w (out, in) without its smallest singular values."""
     u, s, vh = torch.linalg.svd(w.float(), full_matrices=False)
-    root = s[:k].sqrt()
+    root = s[:k].sqrt()  # shared by both factors, so that they are of one size
     return u[:, :k] * root, root[:, None] * vh[:k]
 
 
 def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
-    """Make `out` of the checkpoint directory `path`; returns ({name: k of the matrices that became factors}, share of
-    the ranks kept, share of the matrices' numbers kept). Raises ValueError, in one line, for what it cannot read."""
+    """Make the directory `out` of the checkpoint directory `path`.
+
+    Returns ({name: k} of the matrices that became factors, share of the ranks kept, share of the
+    matrices' numbers kept). Raises ValueError, in one line, for what it cannot read."""
     found = settings(path)
     if found.get("low_rank"):
         raise ValueError(f"{path}: has been compressed before")
-    with torch.device("meta"):
-        empty = LLaMA(LLaMAConfig(**found), lambda *args, **kwargs: QLinear(*args, bits=16, **kwargs))
-    names = {module: name for name, module in empty.named_modules() if isinstance(module, QLinear)}
-    held, parts = hf.tensor_files(path), hf.hf_names(empty)
-    matrices = {name: names[module] for name, (module, kind) in parts.items() if kind == "weight" and module in names}
-    shapes = {name: getattr(module, kind).shape for name, (module, kind) in parts.items()}
-    for name in parts:
-        if name not in held:
+
+    # what the checkpoint holds, by Hugging Face's names, and its matrices by ours
+    empty = LLaMA(LLaMAConfig(**found), linear=partial(QLinear, bits=16), device="meta")
+    our_names = {module: name for name, module in empty.named_modules()}
+    files = hf.tensor_files(path)
+    shapes = {}
+    matrices = {}
+    for name, (module, kind) in hf.hf_names(empty).items():
+        if name not in files:
             raise ValueError(f"{path}: there is no tensor {name}, in floats")
-    read = lambda name: hf.read_tensor(held, name, shapes[name]).to(device)
-    values = {name: torch.linalg.svdvals(read(name).float()).cpu() for name in tqdm(matrices, "spectra")}
-    ranks = choose_ranks(values, keep)
-    if uniform:
-        ranks = {name: max(1, round(keep * len(s))) for name, s in values.items()}
-    low = {name: max(1, k) for name, k in ranks.items() if uniform or k < least * len(values[name])}
-    config = read_json(path, "config.json") | {"low_rank": " ".join(f"{matrices[name]}={k}" for name, k in low.items())}
+        shapes[name] = getattr(module, kind).shape
+        if kind == "weight" and isinstance(module, QLinear):
+            matrices[name] = our_names[module]
 
+    def read(name):
+        return hf.read_tensor(files, name, shapes[name]).to(device)
+
+    # first all spectra, which share one threshold
+    values = {}  # (min(out, in),) float32 each, descending
+    for name in tqdm(matrices, "spectra"):
+        values[name] = torch.linalg.svdvals(read(name).float()).cpu()
+    low = ranks_of_factors(values, keep, least, uniform)
+
+    # then each matrix once more, to be written whole or as factors
     def tensors():
-        for name in tqdm(parts, "factors"):
+        for name in tqdm(shapes, "factors"):
             w = read(name)
-            if name in low:
-                for part, t in zip("uv", factors(w, low[name])):
-                    yield name.removesuffix("weight") + part, t.to(w.dtype)
-            else:
+            if name not in low:
                 yield name, w
+                continue
+            for part, t in zip("uv", factors(w, low[name])):
+                yield name.removesuffix("weight") + part, t.to(w.dtype)
 
+    config = read_json(path, "config.json")
+    config["low_rank"] = " ".join(f"{matrices[name]}={k}" for name, k in low.items())
     hf.write(out, config, tensors(), path)
-    whole = {name: shapes[name].numel() for name in matrices}
-    numbers = sum(low[name] * sum(shapes[name]) if name in low else n for name, n in whole.items())
-    kept = sum(low.get(name, len(s)) for name, s in values.items())
-    return low, kept / sum(len(s) for s in values.values()), numbers / sum(whole.values())
+    return low, *_shares(low, values, {name: shapes[name] for name in matrices})
+
+
+def _shares(low, values, shapes):
+    """(share of the ranks kept, share of the matrices' numbers kept)."""
+    ranks = 0
+    numbers = 0
+    for name, shape in shapes.items():
+        if name in low:
+            ranks += low[name]
+            numbers += low[name] * sum(shape)  # u and v
+        else:
+            ranks += len(values[name])
+            numbers += shape.numel()
+    all_ranks = sum(len(s) for s in values.values())
+    all_numbers = sum(shape.numel() for shape in shapes.values())
+    return ranks / all_ranks, numbers / all_numbers
 
 
 def main():
-    configure(globals(), skip_unknown_in_files=True)
-    if not model or not out:
-        raise SystemExit("error: name a checkpoint with --model=, and the directory to make with --out=")
-    if not 0 < keep <= 1 or not 0 <= least <= 1:
-        raise SystemExit(f"error: keep and least are shares, 0 to 1, not {keep} and {least}")
+    s = configure(sys.modules[__name__], ignore_unknown=True)
+    if not s.model or not s.out:
+        raise SystemExit(
+            "error: name a checkpoint with --model=, and the directory to make with --out="
+        )
+    if s.keep == 0:
+        raise SystemExit("error: keep must be above 0")
     try:
-        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        low, ranks, numbers = compress(hf.local(model), out, keep, least, uniform, kind)
+        path = hf.local(s.model)
+        device = pick_device(s.device)
+        low, ranks, numbers = compress(path, s.out, s.keep, s.least, s.uniform, device)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
-    print(f"{out}: {len(low)} matrices became factors; kept {ranks:.3f} of all ranks, {numbers:.3f} of the matrices' "
-          "numbers")
+    print(
+        f"{s.out}: {len(low)} matrices became factors; "
+        f"kept {ranks:.3f} of all ranks, {numbers:.3f} of the matrices' numbers"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-What is kept of a gradient from one step to the next, in 1 to 8 bytes an element: Adam's moments, and
-the sum of a step's micro-batches.
+What is kept of a gradient from one step to the next, in 1 to 8 bytes an element: Adam's moments,
+and the sum of a step's micro-batches.
 
 At LLaMA-7B and rank 1024 the low-rank gradients have 1.62 billion elements: each byte is 1.5 GiB.
 """

@@ -88,6 +88,8 @@ class Factor(nn.Module):
 class Frozen(InBackward):
     """LoQT's model: a Factor beside each matrix."""
 
+    in_weights = ("galore_scale",)
+
     def adapt(self, model, s, device, dtype):
         for layer in model.modules():
             if isinstance(layer, QLinear):

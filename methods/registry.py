@@ -36,6 +36,7 @@ class Method:
     a user who sets one to another value, or a setting that only others read, is told so."""
 
     linear = QLinear  # of the blocks' matrices
+    in_weights = ()  # settings that are a part of the weights: a resume cannot change them
 
     def __init__(self, name, about, weight_bits=(8, 16), reads=(), fixes=None):
         self.name = name

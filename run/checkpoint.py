@@ -22,8 +22,8 @@ from run.shards import replacing
 
 FORMAT = 3  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size",
-              "tie_embedding", "weight_bits", "weight_group_size", "rank", "lora_alpha", "proj_bits",
-              "moments", "freeze_embedding", "embed_bits", "proj_side")
+              "tie_embedding", "weight_bits", "weight_group_size", "rank", "lora_alpha",
+              "proj_bits", "moments", "freeze_embedding", "embed_bits", "proj_side")
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # no checkpoint brings these
 
 
@@ -87,11 +87,10 @@ def read_checkpoint(path):
         raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({kind})")
     if made != FORMAT:
         why = ""
-        if made in (1, 2):
-            why = ", in which the optimizer's state lay otherwise: go on with the version that made it"
-        raise SystemExit(
-            f"error: {path} was made by another version of train.py: format {made}, not {FORMAT}{why}"
-        )
+        if made == 2:
+            why = "; there the optimizer's state lay otherwise: go on with the version that made it"
+        raise SystemExit(f"error: {path} was made by another version of train.py: "
+                         f"format {made}, not {FORMAT}{why}")
     return checkpoint
 
 
@@ -111,10 +110,7 @@ def load_checkpoint(out_dir):
 
 def check_same_model(checkpoint, s):
     """Exit with one line if a checkpoint is of another model or method than settings s."""
-    keys = list(SHAPE_KEYS)
-    if s.method == "loqt":  # there it is a part of the weights
-        keys.append("galore_scale")
-    for key in keys:
+    for key in (*SHAPE_KEYS, *find(s.method).in_weights):
         now = getattr(s, key)
         before = checkpoint["config"].get(key, now)
         if before != now:
@@ -158,7 +154,7 @@ def starting_model(s, checkpoint=None):
 
 
 def load_model(path, device, dtype=None, weight_bits=8):
-    """(model, name of its encoding) of a run's folder, or of a Hugging Face directory or repository.
+    """(model, name of its encoding) of a run's folder, or of a Hugging Face directory or name.
 
     weight_bits: of the latter's matrices. dtype: of what is not quantised; None: as a run saved it,
     bfloat16 on a GPU and float32 on a CPU for Hugging Face's. Raises ValueError, or exits with one

@@ -169,7 +169,8 @@ def print_plan(plan, free, device):
     if free is None:
         print(f"{device}: there is no such device here, or it does not tell what it has")
     else:
-        print(f"{device} has {free / GIB:.2f} GiB free: {'enough' if need <= free else 'NOT enough'}")
+        verdict = "enough" if need <= free else "NOT enough"
+        print(f"{device} has {free / GIB:.2f} GiB free: {verdict}")
 
 
 LOWER = {  # what a user can do about the largest part

@@ -1,5 +1,5 @@
 """
-Ctrl-C, a scheduler's SIGTERM, and a limit of minutes: a run ends after the step under way, and saves.
+Ctrl-C, a scheduler's SIGTERM, a limit of minutes: a run ends after the step under way, and saves.
 """
 
 import signal

@@ -1,0 +1,141 @@
+"""
+The safetensors files of a checkpoint directory: one, or several and an index that lists them.
+
+Tensors are read from memory-mapped files and checked, and are written as they are made.
+"""
+
+import glob
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from finetune.hf_config import read_json
+from run.encodings import first_line
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # which tensor is in which file, where there are several
+SHARD_BYTES = 2 * 2**30  # of a file that is written
+# the types that a float tensor may have
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor_files(path):
+    """{tensor: safetensors file} of a checkpoint directory.
+
+    Raises ValueError for a file that is missing or damaged, and for an index that is not true."""
+    # one file, or those that the index names
+    index = os.path.join(path, INDEX)
+    listed = {}
+    files = [SINGLE]
+    if not os.path.exists(os.path.join(path, SINGLE)):
+        listed = _read_index(path)
+        files = sorted(set(listed.values()))
+
+    # what they hold, by their own headers
+    held = {}
+    for name in files:
+        file = os.path.join(path, name)
+        if not os.path.exists(file):
+            raise ValueError(f"{file}: is missing, and {index} names it")
+        with _open(file) as f:
+            held.update(dict.fromkeys(f.keys(), file))
+
+    # and whether that is what the index says
+    for name, file in listed.items():
+        if held.get(name) != os.path.join(path, file):
+            raise ValueError(f"{index}: says that {name} is in {file}, where it is not")
+    return held
+
+
+def _read_index(path):
+    """{tensor: file's name} that a checkpoint in several files lists."""
+    if not os.path.exists(os.path.join(path, INDEX)):
+        pickled = glob.glob(f"{glob.escape(path)}/*.bin")
+        hint = " (.bin files hold pickled code: convert them)" if pickled else ""
+        raise ValueError(f"{path}: there is no model.safetensors{hint}")
+    listed = read_json(path, INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{os.path.join(path, INDEX)}: has no weight_map")
+    return listed
+
+
+def _open(file):
+    """A safetensors file, memory-mapped.
+
+    It is opened anew for each tensor, so that what was read does not stay resident."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: damaged or truncated: {first_line(e)}")
+
+
+def read_tensor(held, name, shape, dtype=None):
+    """Tensor `name` of the files `held`, checked.
+
+    It lies in the file's own memory: copy it to keep it. held: as of tensor_files(). shape: None
+    in it is any length. dtype: None is any float. Raises ValueError for anything else, and for
+    values that are not finite."""
+    file = held[name]
+    with _open(file) as f:
+        t = f.get_tensor(name)
+    fits = all(expected in (None, n) for expected, n in zip(shape, t.shape))
+    if t.ndim != len(shape) or not fits:
+        raise ValueError(f"{file}: tensor {name} is {list(t.shape)}, expected {list(shape)}")
+    allowed = FLOATS if dtype is None else (dtype,)
+    if t.dtype not in allowed:
+        expected = dtype or "floats of 16 or 32 bits"
+        raise ValueError(f"{file}: tensor {name} is {t.dtype}, expected {expected}")
+    if t.is_floating_point() and t.numel():
+        low, high = t.aminmax()  # both are NaN where there is one
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{file}: tensor {name} has values that are not finite")
+    return t
+
+
+def write_tensors(folder, tensors):
+    """Write (name, tensor)s as model.safetensors, or as several files and an index."""
+    names = []  # of each file's tensors
+    total = 0
+    for shard in _shards(tensors):
+        # how many files there are, which is a part of their names, is known at the end
+        numbered = os.path.join(folder, str(len(names)))
+        save_file(shard, numbered, metadata={"format": "pt"})
+        names.append(list(shard))
+        total += sum(t.nbytes for t in shard.values())
+
+    # give the files their names
+    n = len(names)
+    files = [SINGLE]
+    if n > 1:
+        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    weight_map = {}
+    for i, file in enumerate(files):
+        os.rename(os.path.join(folder, str(i)), os.path.join(folder, file))
+        weight_map.update(dict.fromkeys(names[i], file))
+    if n > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(os.path.join(folder, INDEX), index)
+
+
+def _shards(tensors):
+    """Yield {name: tensor} of at most SHARD_BYTES each, on the CPU.
+
+    Each is emptied when the next is asked for."""
+    shard = {}
+    size = 0
+    for name, t in tensors:
+        if shard and size + t.nbytes > SHARD_BYTES:
+            yield shard
+            shard.clear()  # a new one would leave the caller with this one's tensors
+            size = 0
+        shard[name] = t.cpu().contiguous()
+        size += t.nbytes
+    yield shard
+
+
+def write_json(path, value):
+    with open(path, "w") as f:
+        json.dump(value, f, indent=1)
