@@ -160,23 +160,16 @@ class QLinear(QMatrix):
         y = _QLinearFunction.apply(x, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        if self.adapter is not None:
-            y = y + self.adapter(x)
-        return y
-
-
-class _Use:
-    """Stands for one forward of a QLinear while its backward may come."""
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class _QLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        ctx.use = _Use()
         if layer.hook is not None and ctx.needs_input_grad[0]:
             ctx.save_for_backward(x)
-            layer.uses.add(ctx.use)
+            layer.uses.add(ctx)
         if layer.matmul == "int8":
             y = matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero)
             return y.unflatten(0, x.shape[:-1])
@@ -192,7 +185,7 @@ class _QLinearFunction(torch.autograd.Function):
         else:
             dx = dy @ layer.base_weight(dy.dtype)
         if saved:  # after dx, because the hook steps the weight
-            layer.uses.discard(ctx.use)
+            layer.uses.discard(ctx)
             layer.hook(layer, saved[0].flatten(0, -2), dy.flatten(0, -2))
         return dx, None
 
@@ -203,10 +196,8 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
     pattern: a regular expression that their names match (re.search; "" matches all). A Linear that
     does not require grad becomes a QLinear that does not train. Returns the names; raises
     ValueError if there is none."""
-    names = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and re.search(pattern, name):
-            names.append(name)
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = [name for name in linears if re.search(pattern, name)]
     if not names:
         raise ValueError(f"no torch Linear in the model has a name that matches {pattern!r}")
     for name in names:
@@ -343,9 +334,9 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """config: LLaMAConfig. linear: makes a layer of (in_features, out_features, bias, device=,
-    dtype=): QLinear, a partial of it, or plain_linear for full-rank training. Layers are built one
-    after the other on `device`, so with QLinear at most one weight exists in float.
+    """linear: makes a layer of (in_features, out_features, bias, device=, dtype=): QLinear, a
+    partial of it, or plain_linear for full-rank training. Layers are built one after the other on
+    `device`, so with QLinear at most one weight exists in float.
 
     dtype: of embedding and head, and of float weights. embedding: makes both of (vocab_size,
     n_embd, device=, dtype=): QEmbedding, or plain_embedding, which is trained."""

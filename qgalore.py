@@ -75,16 +75,12 @@ class Projection:
         self.history = []  # (step, similarity, gap) of refreshes, until pop_refreshes takes them
         self.basis = None  # tensors: (packed, scale, zero), (q, scale, zero) or (P,)
         if self.rank == self.dim:  # any basis spans all, and this one is Adam's own
-            self.basis = self.encode(torch.eye(self.dim, device=device))
+            self.basis = encode(torch.eye(self.dim, device=device), bits)
             self.next_refresh = math.inf
 
     def matrix(self, dtype=torch.float32):
         """P (dim, rank)."""
         return decode(self.basis, dtype)
-
-    def encode(self, p):
-        """The tensors that keep P (dim, rank), float32, as `basis`."""
-        return encode(p, self.bits)
 
     def sides(self, x, dy):
         """(a, b): the gradient's factor on the projected side, (T, dim), and the other."""
@@ -125,7 +121,7 @@ class Projection:
             new = singular_vectors(sketch, self.rank, self.right)
         else:
             new = range_finder(sketch, self.rank)
-        codes = self.encode(new)
+        codes = encode(new, self.bits)
         if self.basis is None:
             self.basis = codes
         else:
@@ -377,7 +373,8 @@ class ProjectedWeight(Trained):
 
     def empty_basis(self):
         """The tensors of a basis with nothing in it yet, for run/memory.py to count."""
-        return self.projection.encode(torch.empty(self.projection.dim, self.projection.rank))
+        p = self.projection
+        return encode(torch.empty(p.dim, p.rank), p.bits)
 
     def drop(self):
         super().drop()
@@ -474,10 +471,8 @@ class QGaLore(torch.optim.Optimizer):
             if value not in choices:
                 raise ValueError(f"{name} is one of {choices}, not {value!r}")
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        layers = {}
-        for name, module in model.named_modules():
-            if isinstance(module, QLinear) and module.trains:
-                layers[name] = module
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
+        layers = {name: layer for name, layer in linears.items() if layer.trains}
         # torch wants a parameter, and an INT8 weight is none
         super().__init__(list(parameters.values()) or [torch.empty(0)], {"lr": lr})
         self.device = one_device(model)
@@ -502,9 +497,8 @@ class QGaLore(torch.optim.Optimizer):
             projection = Projection(*shape, rank, gap, threshold, k, proj_bits, svd, phase,
                                     self.device, side, gap_growth)
             self.weights.append(weight(self, name, i, layer, projection, scale))
-        self.parameters = []
-        for i, (name, p) in enumerate(parameters.items(), len(layers)):
-            self.parameters.append(Parameter(self, name, i, p))
+        numbered = enumerate(parameters.items(), len(layers))
+        self.parameters = [Parameter(self, name, i, p) for i, (name, p) in numbered]
 
     @property
     def lr(self):

@@ -251,9 +251,8 @@ class Run:
             stopping = self.ranks.any(self.stop.asked())
             if (self.it - 1) % s.log_interval == 0 or stopping:
                 entry = self.report(loss, lr)
-                bar.set_postfix(
-                    loss=f"{entry['loss']:.3f}", tokens_per_s=f"{entry['tokens_per_s']:.0f}"
-                )
+                shown = {"loss": f"{entry['loss']:.3f}"}
+                bar.set_postfix(shown | {"tokens_per_s": f"{entry['tokens_per_s']:.0f}"})
             if stopping:
                 self.save()
                 break
@@ -281,8 +280,7 @@ class Run:
         if not self.in_backward:
             self.sum_and_clip()
         optimizer.step()
-        if not self.in_backward:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         self.it += 1
         return loss
 
@@ -360,7 +358,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("error: stopped at once, without saving: --init_from=resume goes on from "
-                         "the last checkpoint")
+        raise SystemExit("error: stopped, not saved: --init_from=resume takes the last checkpoint")
     except OSError as e:  # a full disk, most likely
         raise SystemExit(f"error: {e}")

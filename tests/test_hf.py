@@ -497,6 +497,7 @@ def test_a_run_is_exported_by_the_command_line(tmp_path, monkeypatch, capsys):
     theirs, path = saved(tmp_path)
     ours = hf.load(path, dtype=torch.float32, group_size=16)
     method = {"method": "qgalore", "weight_bits": 8, "weight_group_size": 16, "encoding": path}
+    method |= {"matmul": "float", "freeze_embedding": False, "embed_bits": 16}
     config = hf.settings(path) | method
     run = str(tmp_path / "run")
     os.makedirs(run)
