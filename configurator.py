@@ -80,8 +80,9 @@ def configure(*modules, argv=None, ignore_unknown=False):
         raise SystemExit(0)
 
     defaults = {name: setting.default for name, setting in declared.items()}
-    flags = {}
-    given = {}
+    # flags first: config files see their values
+    flags = {}  # {name: value}
+    given = {}  # {name: where}
     for arg in argv:
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
@@ -91,6 +92,7 @@ def configure(*modules, argv=None, ignore_unknown=False):
             flags[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
             given[name] = arg
 
+    # then config files, in their order
     names = _Names(defaults | flags, pinned=flags)
     for path in argv:
         if not path.startswith("--"):
@@ -103,6 +105,7 @@ def configure(*modules, argv=None, ignore_unknown=False):
         values[name] = _typed(name, value, defaults[name], where)
         if name not in names.soft:
             given[name] = where
+    # what each may be
     for name, value in values.items():
         allowed = declared[name].allowed
         if allowed is not None and not allowed.holds(value):
@@ -118,20 +121,21 @@ def declarations(module):
     value or a text, before its first function."""
     with open(module.__file__, encoding="utf-8") as f:
         source = f.read()
-    lines = source.splitlines()
+    lines = source.splitlines()  # comments are not in the syntax tree
     annotations = getattr(module, "__annotations__", {})
     found = {}
-    last_line = 0
+    last_line = 0  # of the setting before
     section = ""
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            break
+            break  # settings stand above all code
         name = _assigned_name(node)
+        # imports are no assignments, so that an imported constant is no setting
         if name is None or not isinstance(getattr(module, name), (int, float, str)):
             continue
         for line in lines[last_line : node.lineno - 1]:
             if line.startswith("# ") and not line.startswith("# ---"):
-                section = line[2:]
+                section = line[2:]  # the last comment line of its own
         last_line = node.end_lineno
         comment = lines[last_line - 1][node.end_col_offset :].partition("#")[2].strip()
         found[name] = SimpleNamespace(
@@ -181,7 +185,7 @@ class _Names(dict):
         self.pinned = pinned
         self.assigned = {}
         self.soft = set()
-        self.path = ""
+        self.path = ""  # of the file that runs
 
     def __setitem__(self, name, value):
         if name in self.pinned:
@@ -190,17 +194,17 @@ class _Names(dict):
         simple = isinstance(value, (int, float, str, type(None), list, tuple, dict))
         if simple and not name.startswith("_"):  # others are imports and functions that a file uses
             self.assigned[name] = (value, self.path)
-            self.soft.discard(name)
+            self.soft.discard(name)  # a plain assignment is meant for every method
 
     def if_read(self, **values):
         for name, value in values.items():
             self[name] = value
-            self.soft.add(name)
+            self.soft.add(name)  # no mistake where the method does not read it
 
 
 def _read(path, names):
     """Execute a config file, and those that it includes, on `names`."""
-    outside = names.path
+    outside = names.path  # of the file that includes this one, or ""
     names.path = path
     names["if_read"] = names.if_read
     names["include"] = lambda name: _read(os.path.join(os.path.dirname(path), name), names)
@@ -231,9 +235,9 @@ def _literal(text, default):
     if isinstance(default, str):
         return text
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text)  # numbers, True, False
     except (ValueError, SyntaxError):
-        return text
+        return text  # of a wrong type, which _typed says
 
 
 def _typed(name, value, default, where):
@@ -243,6 +247,7 @@ def _typed(name, value, default, where):
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
+    # bool is no int here, and neither nan nor inf is of any use
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise SystemExit(
             f"error: {where}: {name} must be {kind.__name__}, like {default!r}; found {value!r}"

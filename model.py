@@ -56,7 +56,7 @@ class QMatrix(nn.Module):
         self.bits = bits
         self.group_size = group_size
         w = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.set_weight(w.normal_(std=INIT_STD))
+        self.set_weight(w.normal_(std=INIT_STD))  # one float matrix at a time
 
     def set_weight(self, w):
         """Take w (out_features, in_features), any float dtype; with bits=16 it is not copied."""
@@ -69,7 +69,7 @@ class QMatrix(nn.Module):
         else:
             codes = quantize_nf4(w)
         for name, tensor in zip(self.BUFFERS[self.bits], codes):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor)  # in the place of the one before
 
     def base_weight(self, dtype=torch.float32):
         """W in `dtype`, without an adapter."""
@@ -95,9 +95,9 @@ class QEmbedding(QMatrix):
         self.dtype = dtype
 
     def forward(self, idx):
-        rows = idx.flatten()
+        rows = idx.flatten()  # (B T,)
         w = dequantize_int8(self.q[rows], self.scale[rows], self.zero[rows], self.dtype)
-        return w.view(*idx.shape, -1)
+        return w.view(*idx.shape, -1)  # (B, T, C)
 
     def slices(self, dtype):
         """(slice of rows, these rows in `dtype`), one after the other."""
@@ -137,7 +137,7 @@ class QLinear(QMatrix):
         """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
         if self.adapter is None:
             return self.base_weight(dtype)
-        return (self.base_weight() + self.adapter.delta()).to(dtype)
+        return (self.base_weight() + self.adapter.delta()).to(dtype)  # the sum in float32
 
     def add_low_rank_(self, left, right, shrink=1.0, key=None):
         """W <- shrink * W + left @ right^T, or + left where right is None.
@@ -206,7 +206,7 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
         layer = QLinear(*shape, bits=bits, group_size=group_size, device="meta")
         layer.set_weight(old.weight.detach())
         layer.bias = old.bias
-        layer.trains = old.weight.requires_grad
+        layer.trains = old.weight.requires_grad  # frozen stays frozen
         model.set_submodule(name, layer)
     return names
 
@@ -298,7 +298,7 @@ class Attention(nn.Module):
             # with a new token's own, block_size - 1 keys are block_size; RoPE sees only distances
             cache["k"] = last(k, self.block_size - 1, 2)
             cache["v"] = last(v, self.block_size - 1, 2)
-        y = attend(q, k, v, self.scale, self.softcap, mask)
+        y = attend(q, k, v, self.scale, self.softcap, mask)  # (B, nh, T, hs)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -402,7 +402,7 @@ class LLaMA(nn.Module):
         if targets is None:
             return self.logits(x[:, -1])
         x = x.flatten(0, 1)  # (B T, C)
-        targets = targets.flatten()
+        targets = targets.flatten()  # (B T,)
         if documents is not None:  # examples, of which few tokens count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
             x, targets = x[at], targets[at]

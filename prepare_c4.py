@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from configurator import at_least, between, configure
 from run.docs import docs_corpus
-from run.encodings import fingerprint, first_line, get_encoding, valid
+from run.encodings import fingerprint, get_encoding
+from run.text import first_line, valid
 from run.shards import HEADER_BYTES, open_shard, replacing, shard_header, token_dtype, write_shard
 
 # -----------------------------------------------------------------------------

@@ -59,18 +59,18 @@ class Projection:
         self.right = out_features >= in_features if side == "auto" else side == "right"
         self.dim = in_features if self.right else out_features  # of the projected side
         self.other = out_features if self.right else in_features
-        self.rank = min(rank, self.dim)
+        self.rank = min(rank, self.dim)  # r
         self.threshold = threshold
         self.bits = bits
         self.svd = svd
-        self.gap = gap
+        self.gap = gap  # steps to the next refresh, as it has grown
         self.max_gap = gap * MAX_GAP_GROWTH
         self.phase = phase
         self.growth = growth
-        self.last_refresh = 0
-        self.next_refresh = 0
-        self.refreshes = 0
-        self.similarities = deque(maxlen=k)
+        self.last_refresh = 0  # a step
+        self.next_refresh = 0  # a step
+        self.refreshes = 0  # so far
+        self.similarities = deque(maxlen=k)  # of the last k refreshes
         self.arriving = None  # the last refresh's similarity, on its way from the device
         self.history = []  # (step, similarity, gap) of refreshes, until pop_refreshes takes them
         self.basis = None  # tensors: (packed, scale, zero), (q, scale, zero) or (P,)
@@ -89,7 +89,7 @@ class Projection:
     def project(self, x, dy):
         """(left, right) with left^T right = R (rank, other), from x (T, in) and dy (T, out)."""
         a, b = self.sides(x, dy)
-        return a @ self.matrix(a.dtype), b
+        return a @ self.matrix(a.dtype), b  # (T, rank), (T, other)
 
     def due(self, step):
         """Whether this step's gradient is to be looked at for a refresh."""
@@ -104,7 +104,7 @@ class Projection:
             return a, b
         columns = self.rank * (1 if self.basis is None else SKETCH)
         omega = random_matrix(key, self.other, columns, b.dtype, b.device)
-        return a, b @ omega
+        return a, b @ omega  # (T, dim), (T, columns)
 
     def refresh(self, sketch, step):
         """Take a new basis from a sketch (dim, columns), float32, which is overwritten.
@@ -113,12 +113,12 @@ class Projection:
         The first basis waits for the next step, and is the one that makes the host wait for the
         device."""
         size = sketch.norm()
-        ok = size.isfinite() & (size > 0)
+        ok = size.isfinite() & (size > 0)  # () bool, on the device
         if self.basis is None and not ok:
             return
         sketch.masked_fill_(~ok, 0)
         if self.svd:
-            new = singular_vectors(sketch, self.rank, self.right)
+            new = singular_vectors(sketch, self.rank, self.right)  # (dim, rank)
         else:
             new = range_finder(sketch, self.rank)
         codes = encode(new, self.bits)
@@ -129,7 +129,7 @@ class Projection:
             self.arriving = Arriving(similarity(overlap, self.dim).where(ok, torch.nan))
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
-        if self.growth:
+        if self.growth:  # LoQT's schedule
             gap += int(self.growth**self.refreshes)
         self.last_refresh = step
         self.next_refresh = step + gap
@@ -139,12 +139,12 @@ class Projection:
         """Let the last refresh's similarity decide the gap; returns the next refresh's step."""
         if self.arriving is None:
             return self.next_refresh
-        found = self.arriving.value()
+        found = self.arriving.value()  # waits for a copy that a gap ago began
         self.arriving = None
-        if not math.isnan(found):
+        if not math.isnan(found):  # else the gradient decided nothing
             self.similarities.append(found)
             mean = sum(self.similarities) / len(self.similarities)
-            enough = len(self.similarities) == self.similarities.maxlen
+            enough = len(self.similarities) == self.similarities.maxlen  # k of them
             if enough and mean >= self.threshold:
                 self.gap = min(2 * self.gap, self.max_gap)
                 self.next_refresh = self.last_refresh + self.gap
@@ -203,7 +203,7 @@ class Trained:
         finite = norm.isfinite() & gradient.sum().isfinite()  # on the device: nothing waits for it
         o.skipped += ~finite
         o.norms[self.place] = norm.where(finite, 0)
-        gradient.masked_fill_(~finite, 0)
+        gradient.masked_fill_(~finite, 0)  # moments decay, and nothing is lost
         if o.grad_clip and (o.accumulated or o.ranks.size > 1):
             self.waiting = self.keep(gradient)
         else:
@@ -243,7 +243,7 @@ class ProjectedWeight(Trained):
 
     def __init__(self, optimizer, name, place, layer, projection, scale):
         super().__init__(optimizer, name, place)
-        self.layer = layer
+        self.layer = layer  # a QLinear
         self.projection = projection
         self.scale = scale
         self.moments = self.new_moments((projection.rank, projection.other))
@@ -260,7 +260,7 @@ class ProjectedWeight(Trained):
         o.accumulated |= o.accumulating
         more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
         self.begin()
-        self.dtype = x.dtype
+        self.dtype = x.dtype  # of the products that follow
         if self.projection.basis is not None:
             self.gather("gradient", *self.factors(x, dy), more)
         if self.projection.due(self.step):
@@ -282,16 +282,16 @@ class ProjectedWeight(Trained):
             parts = (self.optimizer.seed, self.name, self.step, what, self.optimizer.ranks.rank)
             total.add_(left, right, rounding_key(total.added, *parts))
             return
-        product = (left.T @ right).float()
+        product = (left.T @ right).float()  # (rows, cols)
         if total is not None:
-            product += self.sums.pop(what).value()
+            product += self.sums.pop(what).value()  # all of this rank's step
         self.send(what, product)
 
     def send(self, what, product):
         """Sum a product over ranks; receive_gradient or receive_sketch gets the result."""
         ranks = self.optimizer.ranks
         if ranks.size > 1:
-            product = product.to(self.dtype)
+            product = product.to(self.dtype)  # as it is sent
         ranks.sum_(product, self.receive_gradient if what == "gradient" else self.receive_sketch)
 
     def receive_gradient(self, product):
@@ -308,7 +308,7 @@ class ProjectedWeight(Trained):
         """At step(): every part said that more would come, and this is all."""
         if not self.ended:
             self.ended = True
-            for what in list(self.sums):
+            for what in list(self.sums):  # the gradient first, then the sketch
                 self.send(what, self.sums.pop(what).value())
 
     def resume(self):
@@ -364,7 +364,7 @@ class ProjectedWeight(Trained):
         if p is None:
             self.layer.add_low_rank_(n.T if self.projection.right else n, None, shrink, key)
             return
-        n = n.to(p.dtype).T.contiguous()
+        n = n.to(p.dtype).T.contiguous()  # (other, rank)
         left, right = (n, p) if self.projection.right else (p, n)
         self.layer.add_low_rank_(left, right, shrink, key)
 
@@ -396,7 +396,7 @@ class Parameter(Trained):
 
     def __init__(self, optimizer, name, place, p):
         super().__init__(optimizer, name, place)
-        self.p = p
+        self.p = p  # of any shape
         shape = p.shape if p.ndim < 3 else (len(p), p[0].numel())  # moments see a matrix
         self.moments = Moments(shape, optimizer.moments, p.device)
         p.register_post_accumulate_grad_hook(self.look)
@@ -406,7 +406,7 @@ class Parameter(Trained):
         """Its hook: the gradient of one backward has been added to p.grad."""
         self.begin()
         if self.optimizer.accumulating:
-            self.optimizer.accumulated = True
+            self.optimizer.accumulated = True  # autograd sums up in p.grad
         else:
             self.end()
 
@@ -415,7 +415,7 @@ class Parameter(Trained):
         if self.ended or gradient is None:
             return
         self.ended = True
-        self.p.grad = None
+        self.p.grad = None  # its memory is free once the step is made
         self.optimizer.ranks.sum_(gradient.contiguous(), self.receive_gradient)
 
     def receive_gradient(self, gradient):
@@ -428,7 +428,7 @@ class Parameter(Trained):
         if p.ndim > 1 and o.weight_decay:
             p.mul_(1 - o.lr * o.weight_decay)  # decoupled (arXiv 1711.05101)
         if p.dtype == torch.bfloat16:
-            add_bfloat16_(p, gradient, -o.lr, self.key("weight"))
+            add_bfloat16_(p, gradient, -o.lr, self.key("weight"))  # rounded without bias
         else:
             p.add_(gradient, alpha=-o.lr)
 
@@ -490,10 +490,10 @@ class QGaLore(torch.optim.Optimizer):
         # on the device: a step waits for nothing
         self.norms = torch.zeros(len(layers) + len(parameters), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
-        self.weights = []
+        self.weights = []  # of QLinears, in the model's order
         for i, (name, layer) in enumerate(layers.items()):
             shape = layer.out_features, layer.in_features
-            phase = (i + 1) / len(layers)
+            phase = (i + 1) / len(layers)  # one layer refreshes in a step, not all
             projection = Projection(*shape, rank, gap, threshold, k, proj_bits, svd, phase,
                                     self.device, side, gap_growth)
             self.weights.append(weight(self, name, i, layer, projection, scale))
@@ -522,7 +522,7 @@ class QGaLore(torch.optim.Optimizer):
         trained = self.trained.values()
         for t in trained:
             t.end()
-        self.ranks.land()
+        self.ranks.land()  # all norms are known from here on
         for t in trained:
             t.resume()
         self.accumulated = False
@@ -541,7 +541,7 @@ class QGaLore(torch.optim.Optimizer):
         Waits for the device."""
         norm = self.norms.norm().item()
         skipped = int(self.skipped.item())
-        self.skipped.zero_()
+        self.skipped.zero_()  # counts from here
         refreshes = sum(w.projection.refreshes for w in self.weights)
         return {"grad_norm": norm, "skipped": skipped, "refreshes": refreshes}
 

@@ -1,7 +1,7 @@
 """
 Pretrained checkpoints: in, tuned, judged and out again. The core never imports this room.
 
-    hf.py                 Hugging Face checkpoints in and out
+    hf.py                 Hugging Face checkpoints out, and in: hf_load.py
     hf_config.py          what their config.json says; hf_files.py: their safetensors files
     tokenizer.py          the tokenizer of a checkpoint, with its chat template
     prepare_sft.py        conversations, or prompts and answers, as shards that train.py reads

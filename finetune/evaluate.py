@@ -39,8 +39,9 @@ from finetune.prepare_sft import encode, prompt_and_completion, records, templat
 from finetune.tokenizer import Tokenizer
 from run.checkpoint import checkpoint_paths, load_model
 from run.device import check_device, memory_peak, pick_device
-from run.encodings import fingerprint, get_encoding, valid
+from run.encodings import fingerprint, get_encoding
 from run.shards import open_shard, replacing
+from run.text import valid
 
 # what to evaluate
 model = "out"  # a run's folder, a Hugging Face directory or a hub name

@@ -10,7 +10,7 @@ import os
 
 from finetune.adapters import parse_ranks
 from model import LLaMAConfig
-from run.encodings import first_line
+from run.text import first_line
 
 # what transformers calls a model's class, and its kind
 ARCHITECTURES = {

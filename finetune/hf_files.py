@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from finetune.hf_config import read_json
-from run.encodings import first_line
+from run.text import first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which tensor is in which file, where there are several

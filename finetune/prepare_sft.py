@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from configurator import at_least, between, configure
 from finetune.tokenizer import Tokenizer
-from run.encodings import fingerprint, first_line, get_encoding
+from run.encodings import fingerprint, get_encoding
+from run.text import first_line
 from run.shards import IN_LOSS, STARTS, replacing, shard_parts
 
 # input and output

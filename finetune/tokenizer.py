@@ -30,7 +30,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tiktoken
 
-from run.encodings import first_line, valid
+from run.text import first_line, valid
 
 # what each splits a text by, before it looks for tokens
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -21,6 +21,7 @@ def rope(start, length, c, x):
     c: LLaMAConfig, whose rope_scaling is "", "linear FACTOR", or LLaMA 3's "llama3 FACTOR LOW HIGH
     LENGTH": wavelengths above LENGTH / LOW are stretched by FACTOR, those below LENGTH / HIGH stay,
     those between are interpolated."""
+    # pair i of a head turns by theta^(-2i / hs) a position
     at = torch.arange(0, c.head_dim, 2, device=x.device, dtype=torch.float32)
     frequency = 1.0 / c.rope_theta ** (at / c.head_dim)
     kind, *numbers = c.rope_scaling.split() or [""]
@@ -28,11 +29,12 @@ def rope(start, length, c, x):
         frequency = frequency / float(numbers[0])
     elif kind == "llama3":
         factor, low, high, trained = map(float, numbers)
+        # 1 where a wavelength is short enough to stay, 0 where it is stretched
         keep = ((trained * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / factor)
     position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, hs / 2)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([angle, angle], dim=-1)  # (T, hs), both halves of a head
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
@@ -43,8 +45,8 @@ def attention_mask(past, T, window, documents, device):
     token sees those of its own number; or None."""
     if documents is None and window >= past + T and not (past and T > 1):
         return None
-    query = torch.arange(past, past + T, device=device)[:, None]
-    key = torch.arange(past + T, device=device)
+    query = torch.arange(past, past + T, device=device)[:, None]  # (T, 1)
+    key = torch.arange(past + T, device=device)  # (past + T,)
     seen = (key <= query) & (query - key < window)
     if documents is not None:
         seen = seen & (documents[:, None, -T:, None] == documents[:, None, None, :])
@@ -72,7 +74,7 @@ def attend(q, k, v, scale, softcap, mask):
         mask = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    return logits.float().softmax(dim=-1).to(q.dtype) @ v
+    return logits.float().softmax(dim=-1).to(q.dtype) @ v  # (B, nh, T, hs)
 
 
 def last(x, n, dim):
@@ -86,7 +88,7 @@ def all_documents(cache, documents, B, past, T, block_size):
 
     Where one of the two is not given, the other's text goes on. The cache keeps them for next time.
     """
-    seen = cache.get("documents") if past else None
+    seen = cache.get("documents") if past else None  # (1 or B, past)
     if seen is not None or past and documents is not None:
         if seen is None:
             seen = documents[:, :1].expand(-1, past)

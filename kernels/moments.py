@@ -30,7 +30,7 @@ class Moments:
         self.age = 0  # steps taken
         self.kind = kind if len(shape) > 1 and n >= MIN_8BIT else "float32"
         if self.kind == "factored":
-            rows, cols = shape
+            rows, cols = shape  # of R, or of a matrix
             groups = -(-cols // GROUP_SIZE)
             self.m = torch.zeros(shape, dtype=torch.int8, device=device)
             self.m_scale = torch.zeros(rows, groups, device=device)
@@ -42,6 +42,7 @@ class Moments:
             self.v = torch.zeros(shape, dtype=torch.uint8, device=device)
             self.m_max = torch.zeros(-(-n // 256), device=device)
             self.v_max = torch.zeros(-(-n // 256), device=device)
+            # its tables of 256 values, 2 KiB
             self.m_codes, self.v_codes = (codes.to(device) for codes in bitsandbytes()[1])
         else:
             self.m = torch.zeros(shape, device=device)
@@ -60,7 +61,7 @@ class Moments:
             self.m.lerp_(g.float(), 1 - betas[0])
             self.v.lerp_(g.float().square(), 1 - betas[1])
             root = (self.v / (1 - betas[1] ** self.age)).sqrt_().add_(eps)
-            g.copy_(self.m / root.mul_(1 - betas[0] ** self.age))
+            g.copy_(self.m / root.mul_(1 - betas[0] ** self.age))  # both bias corrections
 
     def _step_factored_(self, g, betas, eps, key):
         # means of g's squares by row and by column, a few rows in float32 at a time
@@ -68,7 +69,7 @@ class Moments:
         col = torch.zeros_like(self.col)
         rows = max(1, CHUNK // g.shape[1])
         for start in chunks(g, len(g), rows):
-            square = g[start : start + rows].float().square()
+            square = g[start : start + rows].float().square()  # (rows, cols)
             row[start : start + rows] = square.mean(dim=1)
             col += square.sum(dim=0)
         self.row.lerp_(row, 1 - betas[1])
@@ -113,7 +114,7 @@ class Sum:
 
     def add_(self, left, right, key):
         """self += left^T right, left (T, rows), right (T, cols)."""
-        self.added += 1
+        self.added += 1  # so that each addition rounds by numbers of its own
         if self.kind == "int8":
             self.finite &= (left.sum() + right.sum()).isfinite()
             left, right = left.T.contiguous(), right.T.contiguous()
@@ -121,7 +122,7 @@ class Sum:
         elif self.kind == "bfloat16":
             add_bfloat16_(self.total, left.T @ right, 1.0, key)
         else:
-            self.total += left.T @ right
+            self.total += left.T @ right  # exact but for float32's own rounding
 
     def set_(self, value):
         if self.kind == "int8":

@@ -35,10 +35,10 @@ def range_finder(sketch, rank):
 
     Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4. Where the sketch has fewer
     directions than rank, Householder QR completes the basis."""
-    p = torch.linalg.qr(sketch[:, :rank])[0]
+    p = torch.linalg.qr(sketch[:, :rank])[0]  # (dim, rank)
     if sketch.shape[1] > rank:
         for _ in range(POWER_ITERATIONS):
-            p = torch.linalg.qr(sketch @ (sketch.T @ p))[0]
+            p = torch.linalg.qr(sketch @ (sketch.T @ p))[0]  # orthonormal again each time
     return p
 
 
@@ -47,7 +47,7 @@ def similarity(overlap, dim):
 
     (o - r/dim) / (1 - r/dim), o = |overlap|_F^2 / r, whatever the bases' signs and order; a ()
     tensor. overlap: old^T new (r, r) of orthonormal bases, r < dim."""
-    share = len(overlap) / dim
+    share = len(overlap) / dim  # what two random subspaces have in common
     return (overlap.square().sum() / len(overlap) - share) / (1 - share)
 
 

@@ -30,7 +30,7 @@ class Apollo(ProjectedWeight):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.projection.basis = ()
+        self.projection.basis = ()  # none is kept, and none comes from a gradient
         self.projection.next_refresh = math.inf
 
     def empty_basis(self):
@@ -44,12 +44,12 @@ class Apollo(ProjectedWeight):
         p = self.projection
         o = self.optimizer
         key = random_key(random_key(o.seed, self.name, "rule"), self.step // p.gap)
-        u = uniform(key, 0, p.dim * p.rank, o.device)
+        u = uniform(key, 0, p.dim * p.rank, o.device)  # in (0, 1)
         return torch.erfinv(2 * u - 1).mul_(math.sqrt(2 / p.rank)).view(p.dim, p.rank)
 
     def direction(self, g):
-        r = self.matrix().T @ g
-        before = r.norm(dim=self.dims)
+        r = self.matrix().T @ g  # (rank, other)
+        before = r.norm(dim=self.dims)  # (other,), or ()
         after = self.adam_(r).norm(dim=self.dims)
         return None, limit_growth_(self.state, g.mul_(after / (before + 1e-8)))
 
@@ -62,4 +62,4 @@ class Apollo(ProjectedWeight):
     fixes=FLOATS | {"galore_scale": 128**0.5, "rank": 1},
 )
 class ApolloMini(Apollo):
-    dims = None
+    dims = None  # the norm of the whole

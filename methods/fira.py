@@ -40,8 +40,8 @@ class Fira(ProjectedWeight):
 
     def factors(self, x, dy):
         left, right = super().factors(x, dy)
-        a, _ = self.projection.sides(x, dy)
-        return torch.cat([left, a[:, self.rows()]], dim=1), right
+        a, _ = self.projection.sides(x, dy)  # (T, dim)
+        return torch.cat([left, a[:, self.rows()]], dim=1), right  # R's factor, then G's
 
     def among_all(self, g):
         """The rows that this step looks at, and zeros for all others: (dim, other)."""
@@ -55,19 +55,19 @@ class Fira(ProjectedWeight):
         return frobenius(gradient[: self.projection.rank])
 
     def direction(self, gradient):
-        p = self.projection.matrix()
+        p = self.projection.matrix()  # (dim, rank)
         r, g = gradient.tensor_split([self.projection.rank])
         rest = g.addmm_(p[self.rows()], r, alpha=-1)  # S
-        before = r.norm(dim=0)
-        n = self.adam_(r)
-        phi = self.blocks * n.norm(dim=0) / (before + 1e-8)
+        before = r.norm(dim=0)  # (other,), of each column
+        n = self.adam_(r)  # (rank, other), in r's memory
+        phi = self.blocks * n.norm(dim=0) / (before + 1e-8)  # (other,)
         rest = limit_growth_(self.state, rest.mul_(phi))
         return None, self.among_all(rest).addmm_(p, n)
 
 
 def limit_growth_(state, step):
     """Shrink a step that is more than GROWTH times as long as the last; state keeps its norm."""
-    norm = step.norm()
+    norm = step.norm()  # () on the device
     before = state.get("norm")
     if before is not None:  # a step of nothing, from a gradient not finite, bounds none after it
         excess = ((norm / (before + 1e-8)).clamp_(min=GROWTH) / GROWTH).where(before > 0, 1)

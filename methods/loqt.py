@@ -31,7 +31,7 @@ class Factor(nn.Module):
         super().__init__()
         self.right = out_features >= in_features
         self.scale = scale
-        dim, other = sorted((out_features, in_features))
+        dim, other = sorted((out_features, in_features))  # the projected side is the smaller
         rank = min(rank, dim)
         self.register_buffer("factor", torch.zeros(rank, other, dtype=dtype, device=device))
         self.take(encode(torch.zeros(dim, rank, device=device), bits))
@@ -47,7 +47,7 @@ class Factor(nn.Module):
     def forward(self, x):
         p = decode(self.basis(), x.dtype)
         f = self.factor.to(x.dtype)
-        y = x @ p @ f if self.right else F.linear(F.linear(x, f), p)
+        y = x @ p @ f if self.right else F.linear(F.linear(x, f), p)  # thin products
         return y * self.scale
 
     def delta(self):
@@ -60,19 +60,22 @@ class Factor(nn.Module):
 
         In turns the codes take what F leaves, and F what the codes leave; the best pair stays. At
         most three float matrices of w's size exist at a time."""
-        p = decode(self.basis())
-        inverse = torch.linalg.pinv(p)
+        p = decode(self.basis())  # (dim, rank)
+        inverse = torch.linalg.pinv(p)  # p is orthonormal but for its rounding
         f = torch.zeros_like(self.factor, dtype=torch.float32)
         best = {"error": torch.full((), math.inf, device=w.device)}
         wanted = w
         for _ in range(1 + COMPENSATIONS):
+            # the codes take what F leaves
             layer.set_weight(wanted)
             wanted = None
             rest = self.turned(w).sub(self.turned(layer.base_weight()))
             error = torch.addmm(rest, p, f, alpha=-self.scale).norm()
+            # the best pair so far stays
             new = {"error": error, "factor": f} | dict(layer.named_buffers(recurse=False))
             better = error < best["error"]  # on the device: nothing waits for it
             best = {name: t.where(better, best.get(name, t)) for name, t in new.items()}
+            # F takes what the codes leave
             f = inverse @ rest / self.scale
             torch.addmm(self.turned(w), p, f, alpha=-self.scale, out=rest)
             wanted = self.turned(rest)
@@ -120,14 +123,14 @@ class LoQT(ProjectedWeight):
         factor = self.layer.adapter.factor
         lr = self.optimizer.lr
         if shrink != 1:
-            factor.mul_(shrink)
+            factor.mul_(shrink)  # weight decay, of what trains
         if factor.dtype == torch.bfloat16:
             add_bfloat16_(factor, n.bfloat16(), -lr, key or 0)
         else:
             factor.add_(n, alpha=-lr)
 
     def refresh(self, sketch):
-        w = self.layer.float_weight()
+        w = self.layer.float_weight()  # W with the product merged into it
         super().refresh(sketch)
         self.share()
         self.layer.adapter.settle(self.layer, w)

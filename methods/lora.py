@@ -38,6 +38,7 @@ class ReLoRA(Method):
         put_adapters(model, s, device)
 
     def rate(self, s, it):
+        # a tenth of the gap is the warm-up after each restart
         return min(1.0, (it % s.proj_gap + 1) / (s.proj_gap // 10 + 1))
 
     def before_step(self, model, optimizer, s, it):
@@ -51,12 +52,13 @@ def restart(model, optimizer, *key):
     for name, layer in model.named_modules():
         if not isinstance(layer, QLinear):
             continue
-        seed = random_key(*key, name)
+        seed = random_key(*key, name)  # of rounding, and of the new start
         adapter = layer.adapter
         layer.add_low_rank_(adapter.scale * adapter.b, adapter.a.T.contiguous(), key=seed)
         adapter.start(torch.Generator(adapter.a.device).manual_seed(seed))
         for p in (adapter.a, adapter.b):
             m, v = optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+            # second moments below their 99th percentile go
             smallest = max(1, int(PRUNED * v.numel()))
             small = v <= v.flatten().kthvalue(smallest).values
             m.masked_fill_(small, 0)  # both at one place: m over no v would be no step

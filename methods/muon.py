@@ -34,7 +34,7 @@ class Momentum:
 
     def __init__(self, shape, kind, device=None):
         self.kind = kind
-        m = torch.zeros(shape, device=device)
+        m = torch.zeros(shape, device=device)  # (rank, other)
         if kind == "float32":
             self.m = m
         else:
@@ -45,6 +45,7 @@ class Momentum:
         if self.kind == "float32":
             g.copy_(self.m.lerp_(g.float(), 1 - betas[0]))
         else:
+            # Adam's kernel with a second moment of 1: the momentum alone
             row = torch.ones(len(g), device=g.device)
             col = torch.ones(g.shape[1], device=g.device)
             codes = (self.m, self.m_scale, self.m_zero)
@@ -100,6 +101,8 @@ class SumInMomentum(Sum):
 @register("muon", "the same with float weights, bases and momentum", weight_bits=(16, 8),
           reads=READS, fixes=FLOATS)
 class Muon(Fira):
+    """W moves by the orthogonal factors of P M + GRADIENT G. What is gathered is R and G, as Fira's."""
+
     def new_moments(self, shape):
         return Momentum(shape, self.optimizer.moments, self.optimizer.device)
 
@@ -117,7 +120,7 @@ class Muon(Fira):
         return frobenius(gradient[self.projection.rank :]) * self.blocks**0.5
 
     def direction(self, gradient):
-        r, g = gradient.tensor_split([self.projection.rank])
+        r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
         step = self.among_all(g.mul_(GRADIENT * self.blocks))
         step.addmm_(self.projection.matrix(), self.adam_(r))  # adam_: the momentum's step
         orthogonal_(step, self.dtype)

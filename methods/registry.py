@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
+from model import LLaMA, LLaMAConfig, QEmbedding, QLinear
 from qgalore import QGaLore
 from run import foreign
 
@@ -44,10 +44,11 @@ class Method:
         self.weight_bits = weight_bits
         self.fixes = fixes or {}
         self.reads = [setting for setting in reads if setting not in self.fixes]
-        METHODS[name] = self
+        METHODS[name] = self  # this is all the registration
 
     def settle(self, s):
         """Put the method's own settings into s. Exits with one line if the user's do not fit it."""
+        # what the user asked for, and this method cannot do
         for setting, where in s.given.items():
             value = getattr(s, setting)
             if value != self.fixes.get(setting, value):
@@ -55,12 +56,14 @@ class Method:
                     f"error: {where}: method {self.name} has {setting} = {self.fixes[setting]!r}, "
                     f"always{self._others(setting)}"
                 )
+            # settings that no method lists, such as batch_size, are for all
             only_others = any(setting in other.reads for other in METHODS.values())
             if only_others and setting not in (*self.reads, *self.fixes):
                 raise SystemExit(
                     f"error: {where}: method {self.name} does not read {setting}"
                     f"{self._others(setting)}"
                 )
+        # what the method makes of the rest
         for setting, value in self.fixes.items():
             setattr(s, setting, value)
         if s.weight_bits == 0:
@@ -94,8 +97,10 @@ class Method:
         """The model. dtype: of weights that are not quantised.
 
         fill: fills a model that is built on "meta", fill(model, device=, dtype=)."""
+        # the shape
         known = {field.name for field in fields(LLaMAConfig)}
         config = LLaMAConfig(**{k: v for k, v in s.as_dict().items() if k in known})
+        # its matrices
         linear = self.linear
         if linear is QLinear:
             linear = partial(QLinear, bits=s.weight_bits, group_size=s.weight_group_size,
@@ -103,12 +108,14 @@ class Method:
         embedding = None
         if s.embed_bits == 8:
             embedding = partial(QEmbedding, group_size=s.weight_group_size)
+        # built, or filled tensor by tensor: no float copy of the whole exists
         first_device = "meta" if fill else device
         model = LLaMA(config, linear, first_device, dtype, embedding)
         if config.low_rank:
             foreign.checkpoints().put_low_rank(model, config.low_rank, dtype, first_device)
         if fill:
             fill(model, device=device, dtype=dtype)
+        # what stays as it is
         if not self.trains_embedding(s):
             model.embed.requires_grad_(False)
             model.head.requires_grad_(False)
@@ -144,7 +151,7 @@ class InBackward(Method):
     weight = None
 
     def build_optimizer(self, model, s, ranks=None):
-        chosen = {}
+        chosen = {}  # without projected weights, QGaLore's default is never used
         if self.weight is not None:
             options = {name: getattr(s, name) for name in self.weight.options}
             chosen = {"weight": partial(self.weight, **options)}

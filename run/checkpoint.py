@@ -27,9 +27,13 @@ SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # no checkpoint brings these
 
 
+class Damaged(SystemExit):
+    """A file that is no whole checkpoint; the one before it may be."""
+
+
 def checkpoint_paths(out_dir):
     """The checkpoints of out_dir, newest first."""
-    numbers = {}
+    numbers = {}  # {file name: how many came after it}
     for name in os.listdir(out_dir) if os.path.isdir(out_dir) else []:
         match = re.fullmatch(r"ckpt(?:-(\d+))?\.pt", name)
         if match:
@@ -48,6 +52,7 @@ def save_checkpoint(out_dir, checkpoint, keep=1):
             torch.save(checkpoint | {"format": FORMAT}, f)
             f.flush()
             os.fsync(f.fileno())
+            # it is whole on disk: now the others move back by one
             older = [os.path.join(out_dir, f"ckpt-{i}.pt") for i in range(1, keep)]
             numbered = [path, *older]
             for newer, older in reversed(list(zip(numbered, numbered[1:]))):
@@ -73,18 +78,18 @@ def read_checkpoint(path):
     Exits with one line if it is anything else."""
     try:
         with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
-            damaged = file.testzip()
+            damaged = file.testzip()  # the first entry that does not match, or None
         if damaged is not None:
             raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         made = checkpoint.get("format")
         for part in ("config", "model", "optimizer", "iter", "position"):
-            checkpoint[part]
+            checkpoint[part]  # KeyError: of something else
     except FileNotFoundError:
         raise SystemExit(f"error: {path} does not exist: name a run's folder with --out_dir")
     except Exception as e:  # zipfile and torch raise many kinds on a damaged or foreign file
         kind = type(e).__name__
-        raise SystemExit(f"error: {path} is damaged or not a checkpoint of train.py ({kind})")
+        raise Damaged(f"error: {path} is damaged or not a checkpoint of train.py ({kind})")
     if made != FORMAT:
         why = ""
         if made == 2:
@@ -98,11 +103,12 @@ def load_checkpoint(out_dir):
     """The newest whole checkpoint of out_dir, with its "path", and newer ones under "damaged".
 
     Exits with one line if there is none."""
+    # none at all: the error names the newest that there would be
     candidates = checkpoint_paths(out_dir) or [os.path.join(out_dir, "ckpt.pt")]
     for i, path in enumerate(candidates):
         try:
             return read_checkpoint(path) | {"path": path, "damaged": candidates[:i]}
-        except SystemExit as e:
+        except Damaged as e:
             if path == candidates[-1]:
                 raise
             print(f"{e}; going back to the one before it")
@@ -112,7 +118,7 @@ def check_same_model(checkpoint, s):
     """Exit with one line if a checkpoint is of another model or method than settings s."""
     for key in (*SHAPE_KEYS, *find(s.method).in_weights):
         now = getattr(s, key)
-        before = checkpoint["config"].get(key, now)
+        before = checkpoint["config"].get(key, now)  # an older run may not have the key
         if before != now:
             raise SystemExit(
                 f"error: {checkpoint['path']} was trained with {key} = {before!r}, "
@@ -128,7 +134,7 @@ def starting_model(s, checkpoint=None):
     s.pretrained = ""
     s.low_rank = ""
     fill = None
-    found = {}
+    found = {}  # LLaMAConfig's fields
     if checkpoint is not None:
         s.pretrained = checkpoint["config"].get("pretrained", "")
         found = checkpoint["config"] if s.pretrained else {}
@@ -160,6 +166,7 @@ def load_model(path, device, dtype=None, weight_bits=8):
     bfloat16 on a GPU and float32 on a CPU for Hugging Face's. Raises ValueError, or exits with one
     line, if it cannot be read."""
     native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # slow on CPUs
+    # a run's folder has a config.json, too, but also checkpoints or a log
     ours = checkpoint_paths(path) or os.path.exists(os.path.join(path, "log.jsonl"))
     theirs = os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)
     if theirs and not ours:

@@ -13,6 +13,7 @@ import zlib
 import tiktoken
 
 from run import foreign
+from run.text import first_line
 
 
 @functools.lru_cache
@@ -59,13 +60,3 @@ def tiktoken_vocabulary(encoding):
         with contextlib.suppress(KeyError):  # cl100k_base leaves ids out
             vocabulary[encoding.decode_single_token_bytes(i)] = i
     return vocabulary
-
-
-def valid(text):
-    """`text` as UTF-8 can spell it: JSON may hold half a surrogate pair; it becomes "?"."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def first_line(e):
-    """The first line of an exception's text, or its kind where it has none."""
-    return (str(e).strip() or type(e).__name__).splitlines()[0]

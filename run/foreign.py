@@ -9,8 +9,8 @@ import importlib
 
 
 def checkpoints():
-    """finetune/hf.py: local(), settings(), load_weights(), load()."""
-    return importlib.import_module("finetune.hf")
+    """finetune/hf_load.py: local(), settings(), put_low_rank(), load_weights(), load()."""
+    return importlib.import_module("finetune.hf_load")
 
 
 def tokenizers():

@@ -31,6 +31,7 @@ class Log:
         path = os.path.join(s.out_dir, "log.jsonl")
         try:
             os.makedirs(s.out_dir, exist_ok=True)
+            # a run that was here before is not overwritten; one that goes on keeps its log
             if checkpoint is None:
                 set_aside(s.out_dir, [*checkpoint_paths(s.out_dir), *glob.glob(glob.escape(path))],
                           "previous_")
@@ -63,7 +64,7 @@ class Log:
         """entry: {"iter": step, name: number ...}, and "subspaces" where some were refreshed."""
         if not self.writes:
             return
-        self.file.write(json.dumps(entry) + "\n")
+        self.file.write(json.dumps(entry) + "\n")  # the only one that a resume reads
         numbers = {key: value for key, value in entry.items() if key != "subspaces"}
         if self.wandb is not None:
             self.wandb.log(numbers, step=entry["iter"])
@@ -88,8 +89,8 @@ class Clock:
 
     def start(self, step):
         self.since = time.perf_counter()
-        self.step = step
-        self.ranks.sent = 0
+        self.step = step  # steps taken until now
+        self.ranks.sent = 0  # bytes
 
     def lap(self, step):
         """{name: number} of the steps since the last lap or start, before step number `step`."""
@@ -102,7 +103,7 @@ class Clock:
         found["peak_memory_gb"] = memory_peak(self.device)
         if self.device == "cuda":  # with what lies in fragments
             found["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / GIB
-        peak = peak_flops(self.device)
+        peak = peak_flops(self.device)  # None on a CPU, or of a card that is not listed
         if peak:
             found["mfu"] = found["tokens_per_s"] * self.flops / (peak * self.ranks.size)
         self.start(step)

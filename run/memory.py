@@ -38,7 +38,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
+        for t in tree_leaves(out):  # an output may be a view of what is counted
             if not isinstance(t, torch.Tensor):
                 continue
             storage = t.untyped_storage()
@@ -64,7 +64,7 @@ def memory_plan(s, weight_dtype, dtype):
     """{part: bytes} of a run, at the peak of its worst step.
 
     s: settled settings. dtype: of the computation, under autocast if it is not weight_dtype."""
-    n = s.n_layer
+    n = s.n_layer  # blocks
     alike = not s.low_rank and n <= s.proj_gap  # else blocks differ, or all refresh often
     if n <= 2 * MORE or not alike:
         plan, peaks = _plan(s, n, weight_dtype, dtype)
@@ -95,7 +95,7 @@ def _plan(s, blocks, weight_dtype, dtype):
         plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
         def micro_batch(last):
-            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)
+            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)  # (B, T)
             optimizer.accumulating = not last
             with autocast:
                 loss = model(idx, idx)
@@ -163,7 +163,7 @@ def fits(s, ranks, weight_dtype, dtype):
 
 
 def print_plan(plan, free, device):
-    need = sum(plan.values())
+    need = sum(plan.values())  # bytes
     for part, count in (plan | {"total": need}).items():
         print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
     if free is None:
@@ -184,7 +184,7 @@ LOWER = {  # what a user can do about the largest part
 
 def refuse_what_does_not_fit(plan, free, device):
     """Leave with one line, if free is known: the bytes needed, and the settings to lower."""
-    need = sum(plan.values())
+    need = sum(plan.values())  # bytes
     if free is None or need <= free:
         return
     largest = max(plan, key=plan.get)

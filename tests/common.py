@@ -5,7 +5,6 @@ What the tests share: a tiny model, tokens, and train.py and other scripts run a
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys

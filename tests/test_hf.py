@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import weakref
-from functools import partial
 
 import pytest
 import torch

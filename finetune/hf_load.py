@@ -1,0 +1,209 @@
+"""
+Hugging Face checkpoints on their way in, tensor by tensor, straight into INT8: never does more than
+one matrix exist in float. hf.py has the way out, and the command.
+"""
+
+import os
+import re
+from functools import partial
+
+import huggingface_hub
+import torch
+import torch.nn as nn
+
+from finetune.adapters import LowRank, put_low_rank
+from finetune.hf_config import read_json, settings
+from finetune.hf_files import read_tensor, tensor_files
+from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, QMatrix, RMSNorm
+from quant import dequantize_int8
+from run.text import first_line
+
+INT8_NAMES = ("q", "scale", "zero")  # what is stored of an INT8 matrix
+
+# what is downloaded of a hub repository, and what is not
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*"]  # and, if asked for, the weights
+SECOND_COPIES = ["consolidated*", "original/*"]  # Mistral's and Meta's, of their weights
+
+# the parts of our modules' names that Hugging Face calls otherwise
+NAMES = {
+    "embed": "model.embed_tokens",
+    "head": "lm_head",
+    "norm": "model.norm",
+    "blocks": "model.layers",
+    "attn": "self_attn",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+GEMMA2_NAMES = {
+    "mlp_norm": "pre_feedforward_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def hf_names(model):
+    """{name in Hugging Face's checkpoint: (module, attribute)} of all that a LLaMA holds.
+
+    The attribute is "weight" or "bias"; of a LowRank "u", "v" or "bias"."""
+    names = NAMES | (GEMMA2_NAMES if model.config.post_norms else {})
+    found = {}
+    for name, module in model.named_modules():  # a tied head is met once, as the embedding
+        if isinstance(module, LowRank):
+            kinds = ["u", "v"]
+        elif isinstance(module, QMatrix) or hasattr(module, "weight"):
+            kinds = ["weight"]
+        else:
+            continue
+        if getattr(module, "bias", None) is not None:
+            kinds.append("bias")
+        prefix = ".".join(names.get(part, part) for part in name.split("."))
+        for kind in kinds:
+            found[f"{prefix}.{kind}"] = module, kind
+    return found
+
+
+def int8_names(name):
+    """The names under which the INT8 matrix `name`, "...weight", is stored."""
+    return [name.removesuffix("weight") + part for part in INT8_NAMES]
+
+
+# -----------------------------------------------------------------------------
+# in
+
+
+def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256, embed_bits=16):
+    """The LLaMA of a checkpoint: a directory, or a hub repository's name.
+
+    weight_bits: 4 (NF4), 8 or 16 (in `dtype`). embed_bits: 8 or 16, of embedding and head.
+    group_size: of INT8, unless the checkpoint is in INT8 already. Raises ValueError, in one line,
+    for what it cannot read."""
+    path = local(path)
+    config = LLaMAConfig(**settings(path))
+    # what is in INT8 already keeps its groups, and so its codes
+    quantized = read_json(path, "config.json").get("quantization_config") or {}
+    groups = quantized.get("group_size", group_size)
+    linear = partial(QLinear, bits=weight_bits, group_size=groups)
+    embedding = partial(QEmbedding, group_size=groups) if embed_bits == 8 else None
+    # built without memory; each tensor then takes its place as it is read
+    model = LLaMA(config, linear=linear, device="meta", dtype=dtype, embedding=embedding)
+    put_low_rank(model, config.low_rank, dtype, "meta")
+    load_weights(model, path, device, dtype)
+    return model
+
+
+def local(path, weights=True):
+    """The directory of a checkpoint: `path` itself, or what a hub repository is downloaded to.
+
+    path: a directory, or "owner/name". weights: False downloads all but them. Raises ValueError,
+    in one line, if there is no such thing."""
+    if os.path.isdir(path):
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(
+            f"{path!r} is neither a directory nor the name of a Hugging Face repository, "
+            "like owner/name"
+        )
+    wanted = list(SMALL_FILES)
+    if weights:
+        wanted.append("*.safetensors")
+    try:
+        return huggingface_hub.snapshot_download(
+            path, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
+        )
+    except Exception as e:  # its own, its HTTP client's, the file system's
+        raise ValueError(
+            f"{path} is no directory, and as a repository was not fetched: {first_line(e)}"
+        )
+
+
+@torch.no_grad()
+def load_weights(model, path, device="cpu", dtype=torch.float32):
+    """Fill a LLaMA, built on the meta device, from a checkpoint directory, tensor by tensor.
+
+    dtype: of what is not quantised. Norms and the biases of QLinears are float32. Raises
+    ValueError, naming file and tensor, for a file or tensor that is missing, damaged, of another
+    shape, unknown, or not finite."""
+    # leave out what some files hold although the model makes it itself
+    held = {}
+    for name, file in tensor_files(path).items():
+        tied_head = name == "lm_head.weight" and model.config.tie_embedding
+        if not tied_head and not name.endswith("rotary_emb.inv_freq"):  # of old transformers
+            held[name] = file
+
+    # the names first: a checkpoint that does not fit is refused before any tensor is read
+    wanted = hf_names(model)
+    _check_names(model, path, held, wanted)
+
+    for name, (module, kind) in wanted.items():
+        if isinstance(module, QMatrix) and kind == "weight":
+            _fill_matrix(module, held, name, device, dtype)
+            continue
+        # an embedding, a norm, a bias, a factor
+        old = getattr(module, kind)  # on the meta device
+        t = _read_floats(held, name, old.shape, device)
+        norm = isinstance(module, RMSNorm)
+        exact = norm or isinstance(module, QMatrix)  # the latter's bias
+        t = t.to(device, torch.float32 if exact else dtype, copy=True)
+        if norm and is_gemma(model):
+            t = t + 1  # our RMSNorm multiplies by its weight as it is
+        setattr(module, kind, nn.Parameter(t, old.requires_grad))
+
+
+def _check_names(model, path, held, wanted):
+    """Raise ValueError if the files lack a tensor that the model has, or hold one that it lacks."""
+    expected = set()  # a matrix is there in floats, or as codes
+    for name in wanted:
+        expected.update(int8_names(name) if _is_int8(held, name) else [name])
+    for name in sorted(expected - set(held)):
+        raise ValueError(f"{path}: there is no tensor {name}")
+    for name in sorted(set(held) - expected):
+        place = model.config.architecture
+        raise ValueError(f"{held[name]}: tensor {name} has no place in {place}")
+
+
+def _is_int8(held, name):
+    """Whether the files hold the matrix `name` in INT8."""
+    return int8_names(name)[0] in held
+
+
+def _read_int8(held, name, shape, device):
+    """[q, scale, zero] of the INT8 matrix `name`, on `device`."""
+    q_name, scale_name, zero_name = int8_names(name)
+    groups = (shape[0], None)  # of any size
+    q = read_tensor(held, q_name, shape, torch.int8)
+    scale = read_tensor(held, scale_name, groups, torch.float32)
+    zero = read_tensor(held, zero_name, groups, torch.float32)
+    return [t.to(device, copy=True) for t in (q, scale, zero)]
+
+
+def _read_floats(held, name, shape, device):
+    """The parameter `name`, which may be an embedding in INT8; a float one in the file's memory."""
+    if _is_int8(held, name):
+        return dequantize_int8(*_read_int8(held, name, shape, device))
+    return read_tensor(held, name, shape)
+
+
+def _fill_matrix(matrix, held, name, device, dtype):
+    """Give a QMatrix the weight `name`. INT8 codes are taken as they are where the groups agree."""
+    shape = (matrix.out_features, matrix.in_features)
+    if _is_int8(held, name):
+        codes = _read_int8(held, name, shape, device)
+        if matrix.bits == 8 and codes[1].shape == matrix.scale.shape:
+            for part, t in zip(INT8_NAMES, codes):
+                matrix.register_buffer(part, t)
+            return
+        w = dequantize_int8(*codes)  # to be quantised anew, in other groups or bits
+    else:
+        w = read_tensor(held, name, shape)
+    if matrix.bits == 16:  # it keeps the tensor: not the file's memory
+        w = w.to(device, dtype, copy=True)
+    matrix.set_weight(w.to(device))  # with 4 and 8 bits it is rounded on the device
+
+
+def is_gemma(model):
+    """Whether the norms multiply by 1 + w, where w is what the checkpoint holds."""
+    return model.config.architecture.startswith("Gemma")
+
+
+# -----------------------------------------------------------------------------
+# out
