@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import dequantize_int8, quantize_int8
+from quant import chunks, dequantize_int8, quantize_int8
 
 # Tokens whose logits exist at once: 62 MiB for 32,000 tokens in float32, where 16 x 256 take 500.
 LOSS_CHUNK = 512
@@ -124,7 +124,7 @@ class _HeadLoss(torch.autograd.Function):
         # a frozen head has no gradient
         dw = torch.zeros_like(weight) if need_grad and ctx.needs_input_grad[1] else None
 
-        for start in range(0, len(h), LOSS_CHUNK):
+        for start in chunks(h, len(h), LOSS_CHUNK):
             at = slice(start, start + LOSS_CHUNK)
             x = h[at]  # (chunk, C)
             t = targets[at, None]  # (chunk, 1)
