@@ -15,7 +15,8 @@ from qgalore import QGaLore
 from run import memory
 from run.device import GIB
 from run.memory import Live, memory_plan, refuse_what_does_not_fit
-from tests.common import HERE, one_line_error, run, settings, tiny, tokens
+from run.ranks import Ranks
+from tests.common import HERE, Job, one_line_error, run, settings, tiny, tokens
 
 PROJECTED = "--rank=32"
 SUMS = "sums of micro-batches"
@@ -193,6 +194,26 @@ def test_by_svd_training_goes_on_after_the_first_bases(grad_clip):
     assert summed > 0  # later bases are of the whole step
     assert optimizer.pop_stats()["refreshes"] > 2 * len(optimizer.weights)
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_by_svd_two_ranks_take_their_first_bases_once(tmp_path, micro_batches):
+    """And at steps of their own the next ones: all at once would sum up all whole gradients."""
+
+    def rank():
+        ranks = Ranks("cpu", {}, micro_batches=2 * micro_batches)
+        model, optimizer = svd_model(ranks=ranks)
+        for i in range(micro_batches):
+            optimizer.accumulating = i < micro_batches - 1
+            model(*tokens(seed=10 * ranks.rank + i)).backward()
+        optimizer.step()
+        projections = [weight.projection for weight in optimizer.weights]
+        assert {p.refreshes for p in projections} == {1}
+        assert {p.next_refresh for p in projections} == {1, 2, 3, 4}
+        ranks.leave()
+
+    for code, _, err in Job(tmp_path, rank, rank).wait():
+        assert code == 0, err
 
 
 # -----------------------------------------------------------------------------
