@@ -1,6 +1,6 @@
 """
-memory.py's plans against real steps:
-    python -m pytest test_memory.py
+The memory plans of run/memory.py against real steps:
+    python -m pytest tests/test_memory.py
 """
 
 import os
@@ -8,96 +8,230 @@ import os
 import pytest
 import torch
 
+from kernels.subspace import singular_vectors
+from methods.registry import find
+from model import LLaMA, QLinear
+from qgalore import QGaLore
 from run import memory
-import train
-from configurator import configure
+from run.device import GIB
 from run.memory import Live, memory_plan, refuse_what_does_not_fit
-from methods.registry import of_method
-from tests.common import HERE, one_line_error, run, tokens
+from run.ranks import Ranks
+from tests.common import HERE, Job, one_line_error, run, settings, tiny, tokens
 
-@pytest.mark.parametrize("args", [[], ["--moments=8bit"], ["--checkpoint_activations=True", "--checkpoint_bits=8"],
-                                  ["--gradient_accumulation_steps=2"], ["--method=adam8bit"], ["--method=adamw"],
-                                  ["--method=galore"], ["--method=lora"], ["--method=qlora"],
-                                  ["--freeze_embedding=True", "--accumulation=bfloat16"],
-                                  ["--method=adamw", "--gradient_accumulation_steps=2"]])
-def test_the_memory_plan_is_what_a_real_step_takes(args):
-    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
-    shape = "--n_layer=2 --n_embd=128 --n_head=4 --n_kv_head=4 --ffn_dim=352 --vocab_size=512 --batch_size=4".split()
-    config = configure(settings, [*shape, "--rank=32", *args])
-    config |= of_method(config)
-    plan = memory_plan(config, train.build, torch.float32, torch.float32)
+PROJECTED = "--rank=32"
+SUMS = "sums of micro-batches"
+
+
+def step(model, optimizer, micro_batches, x, y):
+    for i in range(micro_batches):
+        optimizer.accumulating = i < micro_batches - 1
+        model(x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def count(tensors):
+    return sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("flags", [
+    PROJECTED,
+    PROJECTED + " --moments=8bit",
+    PROJECTED + " --checkpoint_activations=True --checkpoint_bits=8",
+    PROJECTED + " --gradient_accumulation_steps=2",
+    PROJECTED + " --gradient_accumulation_steps=2 --proj_svd=True",
+    PROJECTED + " --freeze_embedding=True --accumulation=bfloat16",
+    PROJECTED + " --method=galore",
+    PROJECTED + " --method=lora",
+    PROJECTED + " --method=qlora",
+    "--method=adam8bit",
+    "--method=adamw",
+    "--method=adamw --gradient_accumulation_steps=2",
+])
+def test_the_memory_plan_is_what_a_real_step_takes(flags):
+    s = settings(*"--n_layer=2 --n_embd=128 --n_head=4 --ffn_dim=352 --vocab_size=512".split(),
+                 "--batch_size=4", *flags.split())
+    plan = memory_plan(s, torch.float32, torch.float32)
     with Live() as live:
-        model, optimizer = train.build(config, "cpu", torch.float32)
-        by_torch = isinstance(optimizer, torch.optim.Optimizer)
+        model, optimizer = find(s.method).build(s, "cpu", torch.float32)
         for _ in range(2):
-            for micro in range(config["gradient_accumulation_steps"]):
-                optimizer.accumulating = micro < config["gradient_accumulation_steps"] - 1
-                model(*tokens(4, 256, 512)).backward()
-            if by_torch:
-                optimizer.step()
-                optimizer.zero_grad()
-    count = lambda tensors: sum(t.nbytes for t in tensors)
+            step(model, optimizer, s.gradient_accumulation_steps, *tokens(4, 256, 512))
     assert plan["weights"] == count([*model.parameters(), *model.buffers()])
-    if not by_torch:
-        moments = [t for m in optimizer.moments.values() for key, t in vars(m).items()
-                   if isinstance(t, torch.Tensor) and not key.endswith("_codes")]  # those are made once for all
+    if isinstance(optimizer, QGaLore):
+        moments = []
+        for trained in optimizer.trained.values():
+            for name, t in vars(trained.moments).items():
+                if isinstance(t, torch.Tensor) and not name.endswith("_codes"):  # one for all
+                    moments.append(t)
         assert plan["moments"] == pytest.approx(count(moments), abs=100)
-        assert plan["projections"] == count(t for p in optimizer.projections.values() for t in p.basis)
+        bases = [t for weight in optimizer.weights for t in weight.projection.basis]
+        assert plan["projections"] == count(bases)
     assert sum(plan.values()) == pytest.approx(live.peak, rel=0.02)
 
 
-@pytest.mark.parametrize("args", [["--gradient_accumulation_steps=2", "--checkpoint_activations=True"],
-                                  ["--method=loqt", "--weight_bits=8"],
-                                  ["--gradient_accumulation_steps=2", "--proj_gap=2"]])
-def test_a_deep_model_is_planned_to_the_byte_from_the_blocks_of_two_shallow_ones(args, monkeypatch):
-    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
-    shape = "--n_layer=7 --n_embd=64 --n_head=4 --n_kv_head=4 --ffn_dim=176 --vocab_size=512 --batch_size=2".split()
-    config = configure(settings, [*shape, "--rank=16", *args])
-    config |= of_method(config)
-    whole = memory_plan(config, train.build, torch.float32, torch.float32)
+@pytest.mark.parametrize("flags", [
+    "--gradient_accumulation_steps=2 --checkpoint_activations=True",
+    "--gradient_accumulation_steps=2 --proj_svd=True",
+    "--gradient_accumulation_steps=2 --proj_gap=2",
+    "--method=loqt --weight_bits=8",
+])
+def test_a_deep_models_plan_comes_from_two_shallow_ones(flags, monkeypatch):
+    """To the byte: that is what each block adds."""
+    s = settings(*"--n_layer=7 --n_embd=64 --n_head=4 --ffn_dim=176 --vocab_size=512".split(),
+                 "--batch_size=2", "--rank=16", *flags.split())
+    whole = memory_plan(s, torch.float32, torch.float32)
     monkeypatch.setattr(memory, "MORE", 3)  # until now seven blocks were few
-    assert whole == memory_plan(config, train.build, torch.float32, torch.float32)
+    assert whole == memory_plan(s, torch.float32, torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_a_step_takes_the_planned_memory_and_waits_for_nothing():
-    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
-    shape = "--n_layer=4 --n_embd=1024 --n_head=16 --n_kv_head=16 --ffn_dim=2736 --vocab_size=8192 --rank=256".split()
-    config = configure(settings, [*shape, "--batch_size=8", "--checkpoint_activations=True", "--checkpoint_bits=8"])
-    plan = sum(memory_plan(config, train.build, torch.bfloat16, torch.bfloat16).values())
+def test_on_a_gpu_a_step_takes_the_plan_and_waits_for_nothing():
+    s = settings(*"--n_layer=4 --n_embd=1024 --n_head=16 --ffn_dim=2736 --vocab_size=8192".split(),
+                 *"--rank=256 --batch_size=8 --checkpoint_activations=True".split(),
+                 "--checkpoint_bits=8")
+    plan = sum(memory_plan(s, torch.bfloat16, torch.bfloat16).values())
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model, optimizer = train.build(config, "cuda", torch.bfloat16)
+    model, _ = find(s.method).build(s, "cuda", torch.bfloat16)
     x, y = (t.cuda() for t in tokens(8, 256, 8192))
     losses = []
-    for step in range(5):
-        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+    for i in range(5):
+        torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
         losses.append(model(x, y))
         losses[-1].backward()
     torch.cuda.set_sync_debug_mode("default")
     assert losses[-1] < losses[0]
     workspace = 64 * 2**20  # cuBLAS's
-    assert torch.cuda.max_memory_allocated() - before == pytest.approx(plan, rel=0.05, abs=workspace)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken == pytest.approx(plan, rel=0.05, abs=workspace)
 
 
-def test_llama_7b_is_planned_for_a_16_gb_card_and_without_accumulation_for_a_12_gb_card():
-    settings = {key: value for key, value in vars(train).items() if not key.startswith("_")}
-    config = configure(settings, [f"{HERE}/config/llama_7b.py", "--n_kv_head=32"])
-    assert config["batch_size"] * config["gradient_accumulation_steps"] == 512
-    plan = memory_plan(config, train.build, torch.bfloat16, torch.bfloat16)
-    assert sum(plan.values()) / 2**30 <= 14.6
-    assert (sum(plan.values()) - plan["sums of micro-batches"]) / 2**30 <= 11.5
+# -----------------------------------------------------------------------------
+# what is promised of the recipes
 
 
-def test_a_run_that_does_not_fit_says_so_before_it_allocates_and_a_dry_run_says_why(tmp_path):
+@pytest.mark.parametrize("flags,most", [
+    ("", 13.1),
+    ("--gradient_accumulation_steps=1", 10.8),
+    ("config/paper.py", 15.0),
+    ("--method=qmuon", 14.6),
+])
+def test_llama_7b_is_planned_for_the_card_that_it_names(flags, most):
+    """One of 16 GB for 512 sequences a step, of 12 GB for 16."""
+    s = settings(f"{HERE}/config/llama_7b.py", *flags.split(), "--dtype=bfloat16")
+    assert s.batch_size == 16
+    assert s.gradient_accumulation_steps == (1 if "accumulation" in flags else 32)
+    plan = memory_plan(s, torch.bfloat16, torch.bfloat16)
+    assert sum(plan.values()) / GIB <= most, plan
+    assert (SUMS in plan) == (s.gradient_accumulation_steps > 1)
+
+
+def test_the_papers_recipe_is_the_paper_to_the_letter():
+    s = settings(f"{HERE}/config/llama_7b.py", f"{HERE}/config/paper.py")
+    assert s.method == "qgalore" and s.moments == "8bit" and s.proj_svd
+    assert s.proj_bits == 4 and s.weight_bits == 8 and s.stochastic_rounding
+    assert s.batch_size * s.gradient_accumulation_steps == 512
+
+
+# -----------------------------------------------------------------------------
+# first bases by SVD: no sums of whole gradients
+
+
+def svd_model(**options):
+    torch.manual_seed(0)
+    model = LLaMA(tiny())
+    return model, QGaLore(model, rank=8, svd=True, proj_bits=16, gap=4, lr=0.02, **options)
+
+
+def test_by_svd_a_first_basis_is_the_first_micro_batchs(monkeypatch):
+    model, optimizer = svd_model()
+    gradients = {}
+    for weight in optimizer.weights:
+
+        def watched(layer, x, dy, weight=weight):
+            gradients[weight.name] = dy.T @ x
+            weight.look(layer, x, dy)
+
+        monkeypatch.setattr(weight.layer, "hook", watched)
+    optimizer.accumulating = True
+    model(*tokens(seed=0)).backward()
+    for weight in optimizer.weights:
+        p = weight.projection
+        gradient = gradients[weight.name]
+        expected = singular_vectors(gradient.T if p.right else gradient, p.rank, p.right)
+        overlap = p.matrix().T @ expected  # the same but for signs
+        torch.testing.assert_close(overlap.abs(), torch.eye(p.rank), rtol=0, atol=1e-3)
+        assert p.refreshes == 1
+        assert "sketch" not in weight.sums and weight.sketch is None
+
+    # the step's other micro-batches leave it
+    before = [weight.projection.matrix() for weight in optimizer.weights]
+    model(*tokens(seed=1)).backward()
+    optimizer.accumulating = False
+    model(*tokens(seed=2)).backward()
+    for weight, p in zip(optimizer.weights, before):
+        assert torch.equal(weight.projection.matrix(), p)
+        assert not weight.sums
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_by_svd_training_goes_on_after_the_first_bases(grad_clip):
+    model, optimizer = svd_model(grad_clip=grad_clip)
+    summed = 0  # sketches of two micro-batches
+    losses = []
+    x, y = tokens(4)
+    for _ in range(30):
+        optimizer.accumulating = True
+        (model(x[:2], y[:2]) / 2).backward()
+        sketches = ["sketch" in weight.sums for weight in optimizer.weights]
+        assert sum(sketches) < len(sketches)  # never those of all layers at once
+        summed += sum(sketches)
+        optimizer.accumulating = False
+        loss = model(x[2:], y[2:])
+        (loss / 2).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert summed > 0  # later bases are of the whole step
+    assert optimizer.pop_stats()["refreshes"] > 2 * len(optimizer.weights)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_by_svd_two_ranks_take_their_first_bases_once(tmp_path, micro_batches):
+    """And at steps of their own the next ones: all at once would sum up all whole gradients."""
+
+    def rank():
+        ranks = Ranks("cpu", {}, micro_batches=2 * micro_batches)
+        model, optimizer = svd_model(ranks=ranks)
+        for i in range(micro_batches):
+            optimizer.accumulating = i < micro_batches - 1
+            model(*tokens(seed=10 * ranks.rank + i)).backward()
+        optimizer.step()
+        projections = [weight.projection for weight in optimizer.weights]
+        assert {p.refreshes for p in projections} == {1}
+        assert {p.next_refresh for p in projections} == {1, 2, 3, 4}
+        ranks.leave()
+
+    for code, _, err in Job(tmp_path, rank, rank).wait():
+        assert code == 0, err
+
+
+# -----------------------------------------------------------------------------
+# what a user is told
+
+
+def test_a_run_that_does_not_fit_says_so_before_it_allocates(tmp_path):
+    """And a dry run says why."""
     args = [f"{HERE}/config/llama_60m.py", "--device=cpu", "--n_layer=2", "--batch_size=262144",
             f"--out_dir={tmp_path}/out"]
     one_line_error(run("train.py", *args), "activations", "batch_size", "GiB")
     assert not os.path.exists(f"{tmp_path}/out")
     code, out, err = run("train.py", *args, "--dry_run=True")
-    assert code == 0 and "NOT enough" in out and "projections" in out
+    assert code == 0, err
+    assert "NOT enough" in out and "projections" in out
 
 
-def test_without_room_for_the_sums_of_micro_batches_alone_the_advice_is_not_to_accumulate():
+def test_without_room_for_sums_the_advice_is_not_to_accumulate():
+    plan = {"weights": 10, SUMS: 5}
     with pytest.raises(SystemExit, match="lower gradient_accumulation_steps to 1"):
-        refuse_what_does_not_fit({"weights": 10, "sums of micro-batches": 5}, 12, "cuda")
+        refuse_what_does_not_fit(plan, 12, "cuda")
