@@ -7,7 +7,8 @@ A setting is a name that a script assigns at its top:
 
     batch_size: at_least(1) = 16  # sequences a micro-batch
 
-The default gives its type, the annotation the values that it may take, the comment its help.
+The default gives its type, the annotation the values that it may take, the comment its help. A
+comment line of its own above a setting begins a section of --help.
 A config file is Python that assigns such names. It sees the values of flags, wherever these stand
 in the command line, so that it may compute one setting from another. Two functions are at hand:
 
@@ -58,12 +59,19 @@ def above(low):
     return Allowed(f"above {low}", lambda value: value > low)
 
 
+def from_below(low, high):
+    return Allowed(f"at least {low} and below {high}", lambda value: low <= value < high)
+
+
 def between(low, high):
     return Allowed(f"between {low} and {high}", lambda value: low <= value <= high)
 
 
+power_of_two = Allowed("a power of two", lambda value: value > 0 and value & (value - 1) == 0)
+
+
 def configure(*modules, argv=None, ignore_unknown=False):
-    """The Settings of the scripts `modules`, later ones' defaults before earlier ones'.
+    """The Settings of the scripts `modules`; of two defaults the later module's counts.
 
     argv: default sys.argv[1:]. ignore_unknown: a config file may also assign names that these
     scripts do not have, as when sample.py reads a recipe of train.py. Exits with one line on a name
@@ -178,10 +186,11 @@ def print_help(module, declared):
 class _Names(dict):
     """What a config file sees, and what it assigns; a name that a flag sets keeps its value.
 
-    assigned: {name: (value, path of the file)}. soft: names that if_read gave last."""
+    assigned: {name: (value, path of the file)}. soft: names that if_read set, and no plain
+    assignment after it."""
 
     def __init__(self, names, pinned):
-        super().__init__(names)
+        super().__init__(names, include=self.include, if_read=self.if_read)
         self.pinned = pinned
         self.assigned = {}
         self.soft = set()
@@ -196,6 +205,9 @@ class _Names(dict):
             self.assigned[name] = (value, self.path)
             self.soft.discard(name)  # a plain assignment is meant for every method
 
+    def include(self, name):
+        _read(os.path.join(os.path.dirname(self.path), name), self)
+
     def if_read(self, **values):
         for name, value in values.items():
             self[name] = value
@@ -206,8 +218,6 @@ def _read(path, names):
     """Execute a config file, and those that it includes, on `names`."""
     outside = names.path  # of the file that includes this one, or ""
     names.path = path
-    names["if_read"] = names.if_read
-    names["include"] = lambda name: _read(os.path.join(os.path.dirname(path), name), names)
     try:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
@@ -218,8 +228,6 @@ def _read(path, names):
     except Exception as e:  # whatever a user's program may raise
         raise SystemExit(f"error: config file {path}: {type(e).__name__}: {e}")
     names.path = outside
-    if outside:  # the including file goes on
-        names["include"] = lambda name: _read(os.path.join(os.path.dirname(outside), name), names)
 
 
 def _check_name(name, known, where):
@@ -236,7 +244,7 @@ def _literal(text, default):
         return text
     try:
         return ast.literal_eval(text)  # numbers, True, False
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # of a wrong type, which _typed says
 
 

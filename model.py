@@ -3,9 +3,8 @@ LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
 
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
-Its relatives are a field of LLaMAConfig each: Mistral slides a window over the keys, Qwen2 has
-biases on queries, keys and values, Gemma a gelu, wider heads and a scaled embedding, Gemma 2 more
-norms and soft caps.
+Fields of LLaMAConfig make its relatives: Mistral's window over the keys, Qwen2's biases, Gemma's
+gelu, wider heads and scaled embedding, Gemma 2's further norms and soft caps.
 
 Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
 bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte
@@ -109,12 +108,12 @@ class QEmbedding(QMatrix):
 class QLinear(QMatrix):
     """y = x W^T + b, W a QMatrix. bias: a parameter b, float32, or none.
 
-    Backward gives the input's gradient. Then it calls hook(x, dy), if one is set, with
+    Backward gives the input's gradient. Then it calls hook(layer, x, dy), if one is set, with
     x (T, in_features) and dy (T, out_features): the weight's gradient is dy^T x. Without a hook the
-    weight stays as it is, as it does where `trains` is False.
+    weight stays as it is; no optimizer sets one where `trains` is False.
 
-    uses: forwards that still have their backward to come. A layer that a model uses twice has its
-    whole gradient only when this is empty.
+    uses: forward calls whose backward is pending. A layer that a model uses twice has its whole
+    gradient only when this is empty.
 
     matmul "int8" rounds x and dy to 8 bits in products with W (see quant.py); the hook gets them
     unrounded. adapter: a module beside W that adds adapter(x), such as LoRA."""
@@ -132,6 +131,14 @@ class QLinear(QMatrix):
         self.trains = True
         self.hook = None
         self.uses = weakref.WeakSet()  # a forward whose result is thrown away leaves by itself
+
+    def __getstate__(self):
+        """For a copy or a file, which belong to no optimizer."""
+        return self.__dict__ | {"hook": None, "uses": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.uses = weakref.WeakSet()
 
     def float_weight(self, dtype=torch.float32):
         """What the layer multiplies by, in `dtype`: W, with its adapter merged into it."""
@@ -216,7 +223,7 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32; so is the weight, where a step of 1e-3 on 1 counts."""
+    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
 
     def __init__(self, dim, eps, device=None):
         super().__init__()
@@ -237,7 +244,7 @@ class LLaMAConfig:
     vocab_size: int = 50304
     n_layer: int = 8
     n_head: int = 8
-    n_kv_head: int = 8
+    n_kv_head: int = 0  # key/value heads; 0: n_head
     n_embd: int = 512
     ffn_dim: int = 1376
     rope_theta: float = 10000.0
@@ -254,12 +261,13 @@ class LLaMAConfig:
     post_norms: bool = False  # norms after attention and MLP, too
     sliding_window: int = 0  # keys that a token sees, itself among them; 0: all before it
     global_every: int = 0  # with a window: every n-th layer sees all keys; 0: none does
-    low_rank: str = ""  # matrices that are put as two factors afterwards, see finetune/adapters.py
+    low_rank: str = ""  # matrices replaced by two factors after the build, see finetune/adapters.py
     architecture: str = "LlamaForCausalLM"  # as Hugging Face names it
     checkpoint_activations: bool = False  # keep only blocks' inputs, make the rest in backward
     checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
 
     def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head == 0:
             self.head_dim = self.n_embd // self.n_head
         if not self.head_dim or self.head_dim % 2 or self.n_head % self.n_kv_head:
@@ -295,7 +303,7 @@ class Attention(nn.Module):
             if "k" in cache:  # of one row, where all rows begin alike
                 k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)
                 v = torch.cat([cache["v"].expand(B, -1, -1, -1), v], dim=2)
-            # with a new token's own, block_size - 1 keys are block_size; RoPE sees only distances
+            # the next token adds its own to block_size - 1 keys; RoPE sees only distances
             cache["k"] = last(k, self.block_size - 1, 2)
             cache["v"] = last(v, self.block_size - 1, 2)
         y = attend(q, k, v, self.scale, self.softcap, mask)  # (B, nh, T, hs)
@@ -334,9 +342,9 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """linear: makes a layer of (in_features, out_features, bias, device=, dtype=): QLinear, a
-    partial of it, or plain_linear for full-rank training. Layers are built one after the other on
-    `device`, so with QLinear at most one weight exists in float.
+    """Embedding, blocks, norm and head, built one after the other on `device`: with QLinear at most
+    one weight exists in float. linear: makes a layer of (in_features, out_features, bias, device=,
+    dtype=): QLinear, a partial of it, or plain_linear for full-rank training.
 
     dtype: of embedding and head, and of float weights. embedding: makes both of (vocab_size,
     n_embd, device=, dtype=): QEmbedding, or plain_embedding, which is trained."""
@@ -412,14 +420,6 @@ class LLaMA(nn.Module):
         """torch.compile what lies between the matrices: a few passes over memory become one."""
         compile_modules(self, (RMSNorm, Rotate, GLU), self.norm.weight.detach())
 
-    def flops_per_token(self):
-        """Of forward and backward: 6 N + 12 L d T (PaLM, appendix B), N without the embedding."""
-        c = self.config
-        attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim
-        block = attention + 3 * c.n_embd * c.ffn_dim
-        n = c.n_layer * block + c.n_embd * c.vocab_size
-        return 6 * n + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
-
 
 def plain_embedding(vocab_size, dim, device=None, dtype=None):
     """torch's Embedding, started like the rest."""
@@ -429,7 +429,7 @@ def plain_embedding(vocab_size, dim, device=None, dtype=None):
 
 
 def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
-    """torch's Linear, started by the draws that start a QLinear: a seed gives all one model."""
+    """torch's Linear, by a QLinear's random draws: one seed starts every method alike."""
     layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
     w = torch.empty(n_out, n_in, dtype=dtype, device=device)
     layer.weight = nn.Parameter(w.normal_(std=INIT_STD))

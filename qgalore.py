@@ -1,5 +1,5 @@
 """
-Q-GaLore (arXiv 2407.08296): 8-bit Adam on low-rank gradients of INT8 weights, inside backward.
+Q-GaLore (arXiv 2407.08296): Adam in 8 bits on low-rank gradients of INT8 weights, inside backward.
 
 The gradient of W (out x in) over T tokens is G = dy^T x. Take the side of W that is smaller (the
 input side of a square matrix), an orthonormal basis P of r directions of that side, and let Adam
@@ -37,7 +37,7 @@ from run.device import one_device
 from run.ranks import Ranks
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good
-SKETCH = 4  # columns of a refresh's sketch, in ranks
+SKETCH = 4  # a refresh's sketch has SKETCH * rank columns
 SIDES = ("auto", "left", "right")
 
 
@@ -45,14 +45,14 @@ class Projection:
     """The basis of one layer's low-rank gradient, and the schedule by which it is refreshed.
 
     A new basis comes from a sketch of the gradient, Y = G^T Omega (left: G Omega), Omega random
-    with SKETCH * rank columns. Y is linear in G, so the micro-batches and ranks of a step add up in
-    it. The range finder takes from Y the rank directions of most energy (kernels/subspace.py). The
-    step that makes the sketch is still taken in the old basis. The first one moves no weight of the
-    layer; its sketch has but `rank` columns, as all layers make theirs at once.
+    with SKETCH * rank columns. Y is linear in G: micro-batches and ranks add up in it. The range
+    finder (kernels/subspace.py) takes the directions of most energy from Y. The step that makes the
+    sketch is taken in the old basis. The first one moves no weight; its sketch has only `rank`
+    columns, as all layers make theirs at once.
 
-    bits: 4, 8 (group-wise codes), or 16: unquantised, in float32. phase: the share of the gap
-    after which the first basis gives way, so that layers which start together refresh at different
-    steps. The other arguments: see QGaLore."""
+    bits: 4, 8 (group-wise codes), or 16: unquantised, in float32. phase: the first gap is
+    phase * gap, so that layers which start together refresh at different steps. The other
+    arguments: see QGaLore."""
 
     def __init__(self, out_features, in_features, rank, gap=200, threshold=0.4, k=5, bits=4,
                  svd=False, phase=1.0, device=None, side="auto", growth=0.0):
@@ -92,7 +92,7 @@ class Projection:
         return a @ self.matrix(a.dtype), b  # (T, rank), (T, other)
 
     def due(self, step):
-        """Whether this step's gradient is to be looked at for a refresh."""
+        """Whether this step's gradient makes a sketch; the gap may grow first, see _settle()."""
         return step >= self.next_refresh and self._settle() <= step
 
     def sketch(self, x, dy, key):
@@ -103,15 +103,13 @@ class Projection:
         if self.svd:
             return a, b
         columns = self.rank * (1 if self.basis is None else SKETCH)
-        omega = random_matrix(key, self.other, columns, b.dtype, b.device)
-        return a, b @ omega  # (T, dim), (T, columns)
+        return a, b @ random_matrix(key, self.other, columns, b.dtype, b.device)  # Omega
 
     def refresh(self, sketch, step):
         """Take a new basis from a sketch (dim, columns), float32, which is overwritten.
 
         A gradient that is zero or not finite decides nothing: the old basis stays for another gap.
-        The first basis waits for the next step, and is the one that makes the host wait for the
-        device."""
+        Where there is none, the next step tries again; only there the host waits for the device."""
         size = sketch.norm()
         ok = size.isfinite() & (size > 0)  # () bool, on the device
         if self.basis is None and not ok:
@@ -139,7 +137,7 @@ class Projection:
         """Let the last refresh's similarity decide the gap; returns the next refresh's step."""
         if self.arriving is None:
             return self.next_refresh
-        found = self.arriving.value()  # waits for a copy that a gap ago began
+        found = self.arriving.value()  # of a copy that began one gap ago
         self.arriving = None
         if not math.isnan(found):  # else the gradient decided nothing
             self.similarities.append(found)
@@ -173,8 +171,9 @@ class Projection:
 class Trained:
     """One tensor that is trained, with all that is kept for it: the base of the two kinds below.
 
-    Its gradient comes in parts: micro-batches, uses of one layer, ranks. receive() gets the whole,
-    and moves the weight, or lets it wait until step() knows the norm of all gradients."""
+    Its gradient comes in parts (micro-batches, uses of a layer, ranks): look() takes one, begin()
+    counts the step, receive() gets the whole and calls move(), or keeps it until resume(), when the
+    optimizer's step() knows the norm of all."""
 
     def __init__(self, optimizer, name, place):
         self.optimizer = optimizer
@@ -185,13 +184,13 @@ class Trained:
         self.waiting = None  # until step(): gives the whole gradient
 
     def begin(self):
-        """Called by every part of a gradient: the first begins a step."""
+        """Every part of a gradient calls it: the first begins a step."""
         if self.ended:
             self.step += 1
             self.ended = False
 
     def key(self, *what):
-        """Of the random numbers that round this tensor at this step."""
+        """The key of the random numbers that round this tensor at this step."""
         return rounding_key(self.step, self.optimizer.seed, self.name, *what)
 
     def receive(self, gradient, norm):
@@ -200,7 +199,7 @@ class Trained:
         if self.waiting is not None:
             raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the "
                                "last backward")
-        finite = norm.isfinite() & gradient.sum().isfinite()  # on the device: nothing waits for it
+        finite = norm.isfinite() & gradient.sum().isfinite()  # norm may be of some rows
         o.skipped += ~finite
         o.norms[self.place] = norm.where(finite, 0)
         gradient.masked_fill_(~finite, 0)  # moments decay, and nothing is lost
@@ -220,7 +219,9 @@ class Trained:
         return lambda: gradient
 
     def drop(self):
-        """Forget the parts of a step that has not moved the weight."""
+        """Forget the parts of a step that has not moved the weight; it does not count."""
+        if self.waiting is not None or not self.ended:
+            self.step -= 1
         self.waiting = None
         self.ended = True
 
@@ -228,9 +229,9 @@ class Trained:
         return {"step": self.step, "moments": vars(self.moments)}
 
     def load_state_dict(self, state):
+        self.drop()
         self.step = state["step"]
         vars(self.moments).update(state["moments"])
-        self.drop()
 
 
 class ProjectedWeight(Trained):
@@ -258,10 +259,12 @@ class ProjectedWeight(Trained):
         """The layer's hook: x (T, in) and dy (T, out) of one use of it, in one backward."""
         o = self.optimizer
         o.accumulated |= o.accumulating
+        if self.ended:  # a step that begins without a basis moves nothing
+            self.moves = self.projection.basis is not None
         more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
         self.begin()
         self.dtype = x.dtype  # of the products that follow
-        if self.projection.basis is not None:
+        if self.moves:
             self.gather("gradient", *self.factors(x, dy), more)
         if self.projection.due(self.step):
             key = random_key(o.seed, self.name, self.step, "sketch")
@@ -305,7 +308,7 @@ class ProjectedWeight(Trained):
             self.sketch = product.float()
 
     def end(self):
-        """At step(): every part said that more would come, and this is all."""
+        """At step(): no part was marked as the last, so this is all of the gradient."""
         if not self.ended:
             self.ended = True
             for what in list(self.sums):  # the gradient first, then the sketch
@@ -320,9 +323,8 @@ class ProjectedWeight(Trained):
     def move(self, gradient):
         """Step the weight by a gradient, as gathered, float32, which is overwritten."""
         o = self.optimizer
-        basis, step = self.direction(gradient)
-        shrink = 1 - o.lr * o.weight_decay
-        self.apply(basis, step, shrink, self.key() if o.stochastic_rounding else None)
+        key = self.key() if o.stochastic_rounding else None
+        self.apply(*self.direction(gradient), 1 - o.lr * o.weight_decay, key)
 
     def adam_(self, r):
         """r <- Adam(r), once a step."""
@@ -331,11 +333,9 @@ class ProjectedWeight(Trained):
         return r
 
     def keep(self, gradient):
-        kept = Sum(*gradient.shape, self.optimizer.accumulation, self.optimizer.device)
+        kept = self.new_sum("kept", *gradient.shape)
         kept.set_(gradient)
         return kept.value
-
-    # what sister methods do otherwise
 
     def new_moments(self, shape):
         return Moments(shape, self.optimizer.moments, self.optimizer.device)
@@ -373,8 +373,7 @@ class ProjectedWeight(Trained):
 
     def empty_basis(self):
         """The tensors of a basis with nothing in it yet, for run/memory.py to count."""
-        p = self.projection
-        return encode(torch.empty(p.dim, p.rank), p.bits)
+        return encode(torch.empty(self.projection.dim, self.projection.rank), self.projection.bits)
 
     def drop(self):
         super().drop()
@@ -397,7 +396,7 @@ class Parameter(Trained):
     def __init__(self, optimizer, name, place, p):
         super().__init__(optimizer, name, place)
         self.p = p  # of any shape
-        shape = p.shape if p.ndim < 3 else (len(p), p[0].numel())  # moments see a matrix
+        shape = p.shape if p.ndim < 3 else (len(p), math.prod(p.shape[1:]))  # a matrix
         self.moments = Moments(shape, optimizer.moments, p.device)
         p.register_post_accumulate_grad_hook(self.look)
 
@@ -423,12 +422,15 @@ class Parameter(Trained):
 
     def move(self, gradient):
         o, p = self.optimizer, self.p
-        matrix = gradient.view(len(p), -1) if p.ndim > 2 else gradient
+        matrix = gradient.flatten(1) if p.ndim > 2 else gradient
         self.moments.step_(matrix, o.betas, o.eps, self.key())
         if p.ndim > 1 and o.weight_decay:
             p.mul_(1 - o.lr * o.weight_decay)  # decoupled (arXiv 1711.05101)
         if p.dtype == torch.bfloat16:
-            add_bfloat16_(p, gradient, -o.lr, self.key("weight"))  # rounded without bias
+            whole = p.contiguous()  # p itself, but of layouts such as channels_last
+            add_bfloat16_(whole, gradient, -o.lr, self.key("weight"))
+            if whole is not p:
+                p.copy_(whole)
         else:
             p.add_(gradient, alpha=-o.lr)
 
@@ -438,7 +440,7 @@ class Parameter(Trained):
 
 
 class QGaLore(torch.optim.Optimizer):
-    """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by 8-bit Adam.
+    """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by plain Adam.
 
     loss.backward() is the step, and leaves no .grad behind. For several micro-batches a step, set
     `accumulating` = True before all but the last; or before all, and call step() after them. Scale
@@ -473,7 +475,7 @@ class QGaLore(torch.optim.Optimizer):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
         layers = {name: layer for name, layer in linears.items() if layer.trains}
-        # torch wants a parameter, and an INT8 weight is none
+        # torch wants at least one parameter; INT8 weights are buffers
         super().__init__(list(parameters.values()) or [torch.empty(0)], {"lr": lr})
         self.device = one_device(model)
         self.betas = betas
@@ -531,6 +533,7 @@ class QGaLore(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True):
         """Forget gradients that have not moved a weight."""
         super().zero_grad(set_to_none)
+        self.accumulated = False
         for t in self.trained.values():
             t.drop()
 
@@ -539,18 +542,17 @@ class QGaLore(torch.optim.Optimizer):
         skipped: gradients not finite, since the last call; refreshes: of all training}.
 
         Waits for the device."""
-        norm = self.norms.norm().item()
+        refreshes = sum(w.projection.refreshes for w in self.weights)
         skipped = int(self.skipped.item())
         self.skipped.zero_()  # counts from here
-        refreshes = sum(w.projection.refreshes for w in self.weights)
-        return {"grad_norm": norm, "skipped": skipped, "refreshes": refreshes}
+        return {"grad_norm": self.norms.norm().item(), "skipped": skipped, "refreshes": refreshes}
 
     def pop_refreshes(self):
         """{weight: [(step, similarity that its refresh found, steps to the next)]}: new ones."""
-        found = {w.name: w.projection.history for w in self.weights if w.projection.history}
+        found = {w.name: w.projection.history for w in self.weights}
         for w in self.weights:
             w.projection.history = []
-        return found
+        return {name: history for name, history in found.items() if history}
 
     def state_dict(self):
         """Everything that the next step depends on, as tensors, numbers and containers of them."""

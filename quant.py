@@ -10,18 +10,16 @@ The group's smallest and largest values, low and high, fall exactly on the end c
 
     scale = (high - low) / 255          zero = low + 128 * scale          (INT4: 15 and 8)
 
-Nothing is clamped. So with stochastic rounding the quantiser is unbiased, and a group that is
+No value is clipped. So with stochastic rounding the quantiser is unbiased, and a group that is
 quantised again unchanged keeps its codes. (An integer zero point, as in the paper's code, clamps
 one end of almost every group: repeated at every step it is a hidden weight decay.) The cost is
 8 bytes a group, 3 % of INT8 weights at the paper's group of 256. Group sizes are powers of two:
 they follow from the shapes of codes and scales, and dequantising needs no argument for them.
 
-A training step uses one function more, add_low_rank_int8_: dequantise, add the step, round,
-quantise again. Its random numbers come from a counter, not from a generator's state: element k of
-call `key` draws uniform(key, k). So a resumed run, a CPU and a GPU round alike.
+Steps in place, such as add_low_rank_int8_, dequantise, add, round and quantise again. Their random
+numbers are counted (kernels/random.py), so that a resumed run, a CPU and a GPU round alike.
 
-What stands here is plain torch, for any device, and the reference. Where `@with_kernel(...)` is
-above a function, a CUDA tensor goes on to the Triton kernel of the same name, in kernels/.
+Plain torch is the reference. Under `@with_kernel(...)` a CUDA tensor goes on to a Triton kernel.
 """
 
 import torch

@@ -15,22 +15,22 @@ import sys
 import time
 from contextlib import nullcontext
 
-# blocks of freed memory can grow and be reused at any size: else fragments count against the card
-# (torch 2.8 to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
+# let the allocator grow its segments: otherwise fragmentation wastes the card's memory. (torch 2.8
+# to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from tqdm import tqdm
 
-from configurator import above, at_least, between, configure, one_of
+from configurator import above, at_least, configure, from_below, one_of, power_of_two
 from kernels.moments import ACCUMULATION, MOMENTS
 from methods.registry import find
 from prepare_c4 import prepare
-from qgalore import SIDES
+from qgalore import SIDES, QGaLore
 from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
                             whole_state)
 from run.data import open_windows, shard_paths
-from run.device import choose_floats
+from run.device import choose_floats, flops_per_token
 from run.log import Clock, Log, end
 from run.memory import fits
 from run.ranks import Ranks
@@ -43,7 +43,7 @@ keep_checkpoints: at_least(1) = 2  # ckpt.pt, and before it ckpt-1.pt ...
 eval_interval: at_least(1) = 500  # steps between evaluations; each is followed by a checkpoint
 eval_iters: at_least(1) = 40  # batches an evaluation reads, always the same ones
 log_interval: at_least(1) = 10  # steps between lines of log.jsonl
-eval_only = False  # evaluate once and leave, writing nothing
+eval_only = False  # evaluate once and leave: nothing is written to out_dir
 init_from = "scratch"  # "resume": out_dir's newest checkpoint; or a Hugging Face one, path or name
 max_minutes: at_least(0) = 0.0  # save and leave after so many; 0 = never
 sample_tokens: at_least(0) = 0  # tokens to generate and show at the end
@@ -53,7 +53,7 @@ project = "qgalore"  # name of the W&B project
 dry_run = False  # print the memory that this run would take, and leave
 # data
 data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py and llm.c write them
-data_input = ""  # what to make data_dir's shards of if it has none: "docs", or text files
+data_input = ""  # text to tokenise into data_dir, if that has no shards: "docs", or files
 encoding = ""  # of the shards, see run/encodings.py; "": gpt2, or the Hugging Face checkpoint's own
 batch_size: at_least(1) = 16  # sequences a micro-batch
 block_size: at_least(1) = 256  # tokens a sequence
@@ -67,7 +67,7 @@ ffn_dim: at_least(1) = 1376
 vocab_size: at_least(1) = 50304  # GPT-2's 50257, padded to a multiple of 64
 rope_theta: above(0) = 10000.0
 tie_embedding = False
-checkpoint_activations = False  # make each block's forward again in backward; keep only its input
+checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
@@ -78,15 +78,15 @@ gap_growth: at_least(0) = 0.0  # the gap before refresh i is longer by gap_growt
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
 proj_k: at_least(1) = 5  # refreshes in that mean
 proj_bits: one_of(4, 8, 16) = 4  # of the bases; 16: not quantised
-proj_side: one_of(*SIDES) = "auto"  # of a weight, that is projected: auto: the smaller
+proj_side: one_of(*SIDES) = "auto"  # which side of W to project; auto: the smaller
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
-residual_blocks: at_least(1) = 1  # muon, fira: a step sees each such row of the gradient itself
+residual_blocks: at_least(1) = 1  # muon, fira: each step uses every n-th row of the full gradient
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
-weight_group_size: at_least(1) = 256
+weight_group_size: power_of_two = 256
 freeze_embedding = False  # embedding and head stay: saves their gradients and moments
 embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
-lora_alpha: at_least(1) = 32.0  # adapters count alpha / rank times
+lora_alpha: at_least(1) = 32.0  # adapters are scaled by alpha / rank
 matmul: one_of("float", "int8") = "float"  # int8: x and dy rounded to 8 bits, on INT8 tensor cores
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of(*MOMENTS) = "factored"  # Adam's: see kernels/moments.py; 8bit: the paper's
@@ -95,8 +95,8 @@ accumulation: one_of(*ACCUMULATION) = "int8"  # what low-rank gradients of micro
 learning_rate: at_least(0) = 0.01
 max_iters: at_least(0) = 10000  # steps
 weight_decay: at_least(0) = 0.0  # decoupled, on matrices
-beta1: between(0, 1) = 0.9
-beta2: between(0, 1) = 0.999
+beta1: from_below(0, 1) = 0.9
+beta2: from_below(0, 1) = 0.999
 adam_eps: at_least(0) = 1e-8
 grad_clip: at_least(0) = 0.0  # the norm of all gradients, see QGaLore; 0 = off
 decay_lr = True  # cosine from learning_rate to min_lr
@@ -116,8 +116,8 @@ def main():
     s = configure(sys.modules[__name__])
     method, checkpoint, fill = settle(s)
     weight_dtype, compute_dtype = choose_floats(s)
-    same = None if s.dry_run else s.as_dict()  # what the ranks of torchrun have to agree on
-    ranks = Ranks(s.device, same, s.rank_timeout, s.gradient_accumulation_steps)
+    agreed = None if s.dry_run else s.as_dict()  # what all ranks of torchrun must have alike
+    ranks = Ranks(s.device, agreed, s.rank_timeout, s.gradient_accumulation_steps)
     fits(s, ranks, weight_dtype, compute_dtype)
     if s.dry_run:
         return
@@ -141,7 +141,7 @@ def main():
         run.autocast = torch.autocast(s.device, compute_dtype)
     if s.eval_only:
         run.tell(f"--- {s.init_from}: val loss {run.evaluate():.4f}")
-        return
+        return ranks.leave()
 
     run.it = checkpoint["iter"] if checkpoint else 0
     windows = {"training windows": train_data.total, "validation windows": val_data.total}
@@ -210,9 +210,9 @@ class Run:
         self.train_data = train_data
         self.val_data = val_data
         self.ranks = ranks
-        self.in_backward = hasattr(optimizer, "accumulating")  # else torch's own steps
+        self.in_backward = isinstance(optimizer, QGaLore)  # else torch's own optimizer
         self.autocast = nullcontext()
-        self.clock = Clock(s, ranks, model.flops_per_token())
+        self.clock = Clock(s, ranks, flops_per_token(model.config))
         self.it = 0  # steps taken
         self.val_loss = self.log = self.stop = None
 
@@ -275,7 +275,7 @@ class Run:
             optimizer.accumulating = i < len(batches) - 1
             with self.autocast:
                 micro_loss = self.model(x, y, documents=documents) * shares[i]
-            micro_loss.backward()  # where weights step in backward, this is most of the step, too
+            micro_loss.backward()  # in-backward methods also update the weights here
             loss += micro_loss.detach()
         if not self.in_backward:
             self.sum_and_clip()
@@ -285,7 +285,7 @@ class Run:
         return loss
 
     def shares(self, batches):
-        """What each micro-batch's mean loss counts in the step's.
+        """The weight of each micro-batch's mean loss in the step's loss.
 
         Micro-batches of examples have unequal numbers of targets, and each target counts alike."""
         if not self.train_data.rows:

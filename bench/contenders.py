@@ -20,7 +20,7 @@ import torch
 from bench.peers import PEERS, RATE, prepare_peer
 from methods.registry import find
 from qgalore import Parameter, ProjectedWeight, Projection
-from run.device import GIB, memory_peak, peak_flops
+from run.device import GIB, flops_per_token, memory_peak, peak_flops
 
 # ours, each a method of train.py's; full rank to compare with; the published optimizers
 CONTENDERS = ["qgalore", "qmuon", "qfira", "adam8bit", "adamw", *PEERS]
@@ -214,7 +214,7 @@ def measure(s, kind, dtype):
         "reserved_gib": reserved,  # what lies in fragments counts, too
         "tokens_per_s": per_s,
         "tokens_per_s_with_refreshes": 1000 * tokens / (sum(steps_ms) + unseen_ms),
-        "mfu": per_s * model.flops_per_token() / peak if peak else None,
+        "mfu": per_s * flops_per_token(model.config) / peak if peak else None,
         "median_ms": median,
         "slowest_ms": slowest,
         "slowest_over_median": slowest / median,

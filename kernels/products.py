@@ -1,5 +1,5 @@
 """
-Products of INT8 weights with factors that are rounded to INT8 on the way, in Triton. quant.py has
+Products of INT8 weights with factors that are rounded to INT8 on the way, in Triton. matmul.py has
 the same functions in plain torch and says what is computed.
 
 The tensor cores multiply INT8 at twice the rate of bfloat16, but they cannot scale within a sum.

@@ -4,11 +4,11 @@ Fira (arXiv 2410.01623): what low rank throws away moves W, too.
 
 import torch
 
-from methods.registry import FLOATS, SUBSPACE, register
 from kernels.subspace import frobenius
+from methods.registry import FLOATS, SUBSPACE, register
 from qgalore import ProjectedWeight
 
-GROWTH = 1.01  # by which a step may be longer than the one before it
+GROWTH = 1.01  # the largest ratio of a step's norm to the last one's
 
 READS = SUBSPACE + ("residual_blocks",)
 
@@ -22,7 +22,8 @@ READS = SUBSPACE + ("residual_blocks",)
     fixes=FLOATS,
 )
 class Fira(ProjectedWeight):
-    """W moves by P N + phi S: S = G - P R, each column scaled as much as Adam made of R's.
+    """W moves by P N + phi S: S = G - P R, each column scaled by the factor by which Adam changed
+    R's column.
 
     What is gathered is R (rank, other) and below it G. With residual_blocks > 1 a step looks at
     each residual_blocks-th row of G, in turn, and moves it so many times as far: sums of

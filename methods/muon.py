@@ -9,9 +9,9 @@ reaches the directions that P leaves out. Experimental: docs/results.md has what
 import torch
 
 from kernels.moments import Sum
-from methods.fira import Fira, READS
-from methods.registry import FLOATS, register
 from kernels.subspace import frobenius
+from methods.fira import READS, Fira
+from methods.registry import FLOATS, register
 from quant import adam_int8_, add_low_rank_int8_, dequantize_int8, quantize_int8
 
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum
@@ -101,7 +101,7 @@ class SumInMomentum(Sum):
 @register("muon", "the same with float weights, bases and momentum", weight_bits=(16, 8),
           reads=READS, fixes=FLOATS)
 class Muon(Fira):
-    """W moves by the orthogonal factors of P M + GRADIENT G. What is gathered is R and G, as Fira's."""
+    """W moves by the orthogonal factors of P M + GRADIENT G. R and G are gathered, as by Fira."""
 
     def new_moments(self, shape):
         return Momentum(shape, self.optimizer.moments, self.optimizer.device)

@@ -30,7 +30,7 @@ FLOATS = {"proj_bits": 16, "proj_threshold": 2.0, "moments": "float32"}
 
 
 class Method:
-    """name: of --method. about: one line. weight_bits: those that it can train, its own first.
+    """name: of --method. about: one line. weight_bits: those that it can train, the default first.
 
     reads: settings that not every method reads. fixes: {setting: value} that make it what it is;
     a user who sets one to another value, or a setting that only others read, is told so."""
@@ -43,22 +43,26 @@ class Method:
         self.about = about
         self.weight_bits = weight_bits
         self.fixes = fixes or {}
-        self.reads = [setting for setting in reads if setting not in self.fixes]
+        unread = set(self.fixes)
+        if "proj_threshold" in self.fixes:  # never met: no mean of proj_k similarities is taken
+            unread.add("proj_k")
+        self.reads = [setting for setting in reads if setting not in unread]
+        if name in METHODS:
+            raise ValueError(f"there is a method {name!r} already")
         METHODS[name] = self  # this is all the registration
 
     def settle(self, s):
         """Put the method's own settings into s. Exits with one line if the user's do not fit it."""
         # what the user asked for, and this method cannot do
         for setting, where in s.given.items():
-            value = getattr(s, setting)
-            if value != self.fixes.get(setting, value):
+            if setting in self.fixes and getattr(s, setting) != self.fixes[setting]:
                 raise SystemExit(
                     f"error: {where}: method {self.name} has {setting} = {self.fixes[setting]!r}, "
                     f"always{self._others(setting)}"
                 )
             # settings that no method lists, such as batch_size, are for all
-            only_others = any(setting in other.reads for other in METHODS.values())
-            if only_others and setting not in (*self.reads, *self.fixes):
+            of_methods = any(setting in other.reads for other in METHODS.values())
+            if of_methods and setting not in (*self.reads, *self.fixes):
                 raise SystemExit(
                     f"error: {where}: method {self.name} does not read {setting}"
                     f"{self._others(setting)}"
@@ -156,10 +160,27 @@ class InBackward(Method):
             options = {name: getattr(s, name) for name in self.weight.options}
             chosen = {"weight": partial(self.weight, **options)}
         return QGaLore(
-            model, s.learning_rate, (s.beta1, s.beta2), s.adam_eps, s.weight_decay, s.rank,
-            s.proj_gap, s.galore_scale, s.proj_threshold, s.proj_k, s.proj_bits, s.moments,
-            s.stochastic_rounding, s.proj_svd, s.accumulation, s.grad_clip, s.seed, ranks,
-            s.proj_side, s.gap_growth, **chosen,
+            model,
+            lr=s.learning_rate,
+            betas=(s.beta1, s.beta2),
+            eps=s.adam_eps,
+            weight_decay=s.weight_decay,
+            rank=s.rank,
+            gap=s.proj_gap,
+            gap_growth=s.gap_growth,
+            threshold=s.proj_threshold,
+            k=s.proj_k,
+            scale=s.galore_scale,
+            side=s.proj_side,
+            svd=s.proj_svd,
+            proj_bits=s.proj_bits,
+            moments=s.moments,
+            accumulation=s.accumulation,
+            stochastic_rounding=s.stochastic_rounding,
+            grad_clip=s.grad_clip,
+            seed=s.seed,
+            ranks=ranks,
+            **chosen,
         )
 
 

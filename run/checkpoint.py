@@ -22,8 +22,9 @@ from run.shards import replacing
 
 FORMAT = 3  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size",
-              "tie_embedding", "weight_bits", "weight_group_size", "rank", "lora_alpha",
-              "proj_bits", "moments", "freeze_embedding", "embed_bits", "proj_side")
+              "rope_theta", "tie_embedding", "weight_bits", "weight_group_size", "rank",
+              "lora_alpha", "proj_bits", "moments", "freeze_embedding", "embed_bits",
+              "proj_side")
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # no checkpoint brings these
 
 

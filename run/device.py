@@ -101,6 +101,16 @@ def memory_peak(kind):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def flops_per_token(c):
+    """Of forward and backward of LLaMAConfig c: 6 N + 12 L d T (PaLM, appendix B).
+
+    N is the number of weights without the embedding."""
+    attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim
+    block = attention + 3 * c.n_embd * c.ffn_dim
+    n = c.n_layer * block + c.n_embd * c.vocab_size
+    return 6 * n + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+
 def one_device(model):
     """The device of a model's tensors. Raises ValueError, with two names, if there are several."""
     first = None
