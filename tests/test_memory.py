@@ -10,7 +10,7 @@ import torch
 
 from kernels.subspace import singular_vectors
 from methods.registry import find
-from model import LLaMA, QLinear
+from model import LLaMA
 from qgalore import QGaLore
 from run import memory
 from run.device import GIB
