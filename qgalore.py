@@ -259,19 +259,20 @@ class ProjectedWeight(Trained):
         """The layer's hook: x (T, in) and dy (T, out) of one use of it, in one backward."""
         o = self.optimizer
         o.accumulated |= o.accumulating
-        if self.ended:  # a step that begins without a basis moves nothing
+        first = self.ended  # of these parts
+        if first:  # a step that begins without a basis moves nothing
             self.moves = self.projection.basis is not None
         more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
         self.begin()
         self.dtype = x.dtype  # of the products that follow
         if self.moves:
             self.gather("gradient", *self.factors(x, dy), more)
-        if self.projection.due(self.step):
+        # by SVD a first basis comes from the first micro-batch alone: whole gradients of all layers,
+        # summed up, would take as much memory as the weights
+        alone = self.projection.svd and not self.moves
+        if self.projection.due(self.step) and (first or not alone):
             key = random_key(o.seed, self.name, self.step, "sketch")
             left, right = self.projection.sketch(x, dy, key)
-            # by SVD a first basis comes from the first micro-batch alone: whole gradients of all
-            # layers, summed up, would take as much memory as the weights
-            alone = self.projection.svd and self.projection.basis is None
             self.gather("sketch", left, right, more and not alone)
         self.ended = not more
 

@@ -119,7 +119,10 @@ class Job:
         results = []
         for rank, process in enumerate(self.processes):
             process.join(max(0, deadline - time.monotonic()))
-            assert process.exitcode is not None, f"rank {rank} hangs"
+            if process.exitcode is None:
+                for hanging in self.processes:
+                    hanging.kill()  # or pytest would wait for it
+                raise AssertionError(f"rank {rank} hangs")
             texts = [open(f"{self.folder}/{rank}.{name}").read() for name in ("out", "err")]
             results.append((process.exitcode, *texts))
         return results
