@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from kernels import launch, matmul, lean, products, quantized
+from kernels import launch, lean, matmul, products, quantized
 from quant import quantize_int4, quantize_int8, random_key, rounding_key, uniform
 
 HERE = os.path.dirname(quant.__file__)  # the repository
@@ -325,7 +325,7 @@ def test_groups_that_int8_kernels_do_not_take_stay_in_torch(group, monkeypatch):
     codes, *factors = int8_factors(5, 1100, group, tokens=3)
     moved = [x.to(DEVICE) for x in codes]
     for a, name in zip(factors, ("matmul_int8", "matmul_transposed_int8")):
-        function = getattr(quant, name)
+        function = getattr(matmul, name)
         a = a.to(DEVICE)
         assert getattr(products, name)(a, *moved) is NotImplemented
         got = torch.Tensor(function(a.as_subclass(Claimed), *moved)).cpu()
