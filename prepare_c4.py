@@ -175,7 +175,7 @@ def is_finished_shard(path, enc):
             "delete it or set another --out_dir"
         )
     if found.row:
-        maker = "by prepare_sft.py"
+        maker = "by finetune.prepare_sft"
     elif found.fingerprint not in (0, fingerprint(enc)):
         maker = "with another tokenizer"
     else:

@@ -73,7 +73,7 @@ class Windows:
                 self.rows = is_rows
             elif self.rows != is_rows:
                 raise SystemExit(
-                    f"error: {path}: plain text and prepare_sft.py's examples do not mix, and "
+                    f"error: {path}: plain text and examples (finetune.prepare_sft) do not mix, and "
                     f"{self.paths[0]} is of the other kind; move one of them to another data_dir"
                 )
             if is_rows:

@@ -50,7 +50,7 @@ def open_shard(path):
         header = np.fromfile(path, "<i4", 256)
     except OSError as e:
         raise SystemExit(
-            f"error: {path}: {e.strerror}; make token shards with prepare_c4.py or prepare_sft.py"
+            f"error: {path}: {e.strerror}; make token shards with prepare_c4.py"
         )
     if len(header) < 256:
         raise SystemExit(
