@@ -267,8 +267,8 @@ class ProjectedWeight(Trained):
         self.dtype = x.dtype  # of the products that follow
         if self.moves:
             self.gather("gradient", *self.factors(x, dy), more)
-        # by SVD a first basis comes from the first micro-batch alone: whole gradients of all layers,
-        # summed up, would take as much memory as the weights
+        # by SVD a first basis comes from the first micro-batch alone: the sums of all layers' whole
+        # gradients would take as much memory as the weights
         alone = self.projection.svd and not self.moves
         if self.projection.due(self.step) and (first or not alone):
             key = random_key(o.seed, self.name, self.step, "sketch")

@@ -73,8 +73,8 @@ class Windows:
                 self.rows = is_rows
             elif self.rows != is_rows:
                 raise SystemExit(
-                    f"error: {path}: plain text and examples (finetune.prepare_sft) do not mix, and "
-                    f"{self.paths[0]} is of the other kind; move one of them to another data_dir"
+                    f"error: {path}: plain text and examples of finetune.prepare_sft do not mix, "
+                    f"and {self.paths[0]} is of the other kind; move one to another data_dir"
                 )
             if is_rows:
                 self.sizes.append(len(shard.tokens) // shard.row)

@@ -113,7 +113,9 @@ class Clock:
 def set_aside(out_dir, paths, prefix):
     """Rename files of a folder: a run that was there before is not overwritten."""
     for path in paths:
-        os.replace(path, os.path.join(out_dir, prefix + os.path.basename(path)))
+        aside = os.path.join(out_dir, prefix + os.path.basename(path))
+        os.replace(path, aside)
+        print(f"note: {path} is set aside as {aside}")
 
 
 def cut_log(path, step):
