@@ -1,6 +1,6 @@
 # SmolLM2-135M learns a movie review's sentiment (SST-2: sentence TAB label), on two CPU cores in
 # minutes. First its shards:
-#   python -m finetune.prepare_sft --input='sst2/*.tsv' --columns=sentence,label \
+#   python -m finetune.prepare_sft --input=sst2/train.tsv --columns=sentence,label \
 #       --labels=negative,positive --out_dir=data/sst2 \
 #       --encoding=HuggingFaceTB/SmolLM2-135M-Instruct --prompt='Review: {sentence}\nSentiment:' \
 #       --completion=' {label}' --block_size=256
