@@ -126,7 +126,7 @@ def declarations(module):
     """{name: its default, allowed values, help and section} of a script's settings.
 
     A setting is a plain lower-case name that the script's own source assigns a number, a truth
-    value or a text, before its first function."""
+    value or a text, before its first function or `if`."""
     with open(module.__file__, encoding="utf-8") as f:
         source = f.read()
     lines = source.splitlines()  # comments are not in the syntax tree
@@ -135,7 +135,7 @@ def declarations(module):
     last_line = 0  # of the setting before
     section = ""
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
             break  # settings stand above all code
         name = _assigned_name(node)
         # imports are no assignments, so that an imported constant is no setting

@@ -37,8 +37,9 @@ from tqdm import tqdm
 from configurator import at_least, between, configure
 from run.docs import docs_corpus
 from run.encodings import fingerprint, get_encoding
+from run.files import replacing, sweep
+from run.shards import HEADER_BYTES, open_shard, shard_header, token_dtype, write_shard
 from run.text import first_line, valid
-from run.shards import HEADER_BYTES, open_shard, replacing, shard_header, token_dtype, write_shard
 
 # -----------------------------------------------------------------------------
 # text and tokens
@@ -77,6 +78,7 @@ def prepare(
     try:
         # an earlier command may have made some of them
         os.makedirs(out_dir, exist_ok=True)
+        sweep(out_dir)
         jobs = [job for job in jobs if not finished(job, enc)]
 
         # one file after the other; the workers share the blocks of each

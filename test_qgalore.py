@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-import sys
 import time
 import warnings
 from functools import partial
@@ -22,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from configurator import configure
 from kernels.moments import Moments, Sum
 from kernels.subspace import similarity
 from model import LLaMA, QLinear, plain_linear
@@ -1021,11 +1021,10 @@ BAD = """
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_settings_are_one_line(shards, tmp_path, monkeypatch, bad):
+def test_bad_settings_are_one_line(shards, tmp_path, bad):
     usual = [f"--data_dir={shards}", f"--out_dir={tmp_path}/x", *TINY_RUN, "--max_iters=1"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *usual, bad])
     with pytest.raises(SystemExit, match="error: ") as e:
-        train.main()
+        train.main(configure(train, argv=[*usual, bad]))
     assert bad[2:].partition("=")[0] in str(e.value) and "\n" not in str(e.value)
     assert not os.path.exists(tmp_path / "x")
 

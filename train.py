@@ -15,26 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 
-# let the allocator grow its segments: otherwise fragmentation wastes the card's memory. (torch 2.8
-# to 2.11 say that the name is deprecated; 2.9 does not listen to the new one)
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
-import torch
-from tqdm import tqdm
-
 from configurator import above, at_least, configure, from_below, one_of, power_of_two
-from kernels.moments import ACCUMULATION, MOMENTS
-from methods.registry import find
-from prepare_c4 import prepare
-from qgalore import SIDES, QGaLore
-from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
-                            whole_state)
-from run.data import open_windows, shard_paths
-from run.device import choose_floats, flops_per_token
-from run.log import Clock, Log, end
-from run.memory import fits
-from run.ranks import Ranks
-from run.stop import Stop
 
 # -----------------------------------------------------------------------------
 # output
@@ -78,7 +59,7 @@ gap_growth: at_least(0) = 0.0  # the gap before refresh i is longer by gap_growt
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
 proj_k: at_least(1) = 5  # refreshes in that mean
 proj_bits: one_of(4, 8, 16) = 4  # of the bases; 16: not quantised
-proj_side: one_of(*SIDES) = "auto"  # which side of W to project; auto: the smaller
+proj_side: one_of("auto", "left", "right") = "auto"  # side of W to project; auto: the smaller
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
 residual_blocks: at_least(1) = 1  # muon, fira: each step uses every n-th row of the full gradient
 galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
@@ -89,8 +70,8 @@ embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (
 lora_alpha: at_least(1) = 32.0  # adapters are scaled by alpha / rank
 matmul: one_of("float", "int8") = "float"  # int8: x and dy rounded to 8 bits, on INT8 tensor cores
 stochastic_rounding = True  # False: INT8 weights round to nearest
-moments: one_of(*MOMENTS) = "factored"  # Adam's: see kernels/moments.py; 8bit: the paper's
-accumulation: one_of(*ACCUMULATION) = "int8"  # what low-rank gradients of micro-batches add up in
+moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
+accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients
 # optimizer
 learning_rate: at_least(0) = 0.01
 max_iters: at_least(0) = 10000  # steps
@@ -110,10 +91,30 @@ seed = 1337
 rank_timeout: above(0) = 600.0  # seconds that ranks wait for each other, and for a checkpoint
 # -----------------------------------------------------------------------------
 
-
-def main():
-    began = time.perf_counter()
+if __name__ == "__main__":  # torch takes seconds to load: what is mistyped is said before
     s = configure(sys.modules[__name__])
+
+# fragments of fixed segments waste the card's memory (torch 2.9 listens to this name only)
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from tqdm import tqdm
+
+from methods.registry import find
+from prepare_c4 import prepare
+from qgalore import QGaLore
+from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
+                            whole_state)
+from run.data import open_windows, shard_paths
+from run.device import choose_floats, flops_per_token
+from run.log import Clock, Log, end
+from run.memory import fits
+from run.ranks import Ranks
+from run.stop import Stop
+
+
+def main(s):
+    began = time.perf_counter()
     method, checkpoint, fill = settle(s)
     weight_dtype, compute_dtype = choose_floats(s)
     agreed = None if s.dry_run else s.as_dict()  # what all ranks of torchrun must have alike
@@ -160,9 +161,8 @@ def main():
 
 
 def settle(s):
-    """Let a checkpoint, a starting model and the method say what is theirs of the settings.
-
-    Returns (Method, the run's checkpoint or None, what fills the model or None)."""
+    """Let a checkpoint, a starting model and the method say what is theirs of the settings: returns
+    (Method, the run's checkpoint or None, what fills the model or None)."""
     method = find(s.method)
     checkpoint = load_checkpoint(s.out_dir) if s.init_from == "resume" else None
     fill = starting_model(s, checkpoint)
@@ -356,7 +356,7 @@ class Run:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(s)
     except KeyboardInterrupt:
         raise SystemExit("error: stopped, not saved: --init_from=resume takes the last checkpoint")
     except OSError as e:  # a full disk, most likely

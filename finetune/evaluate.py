@@ -40,7 +40,8 @@ from finetune.tokenizer import Tokenizer
 from run.checkpoint import checkpoint_paths, load_model
 from run.device import check_device, memory_peak, pick_device
 from run.encodings import fingerprint, get_encoding
-from run.shards import open_shard, replacing
+from run.files import replacing
+from run.shards import open_shard
 from run.text import valid
 
 # what to evaluate

@@ -38,8 +38,9 @@ from tqdm import tqdm
 from configurator import at_least, between, configure
 from finetune.tokenizer import Tokenizer
 from run.encodings import fingerprint, get_encoding
+from run.files import replacing
 from run.text import first_line
-from run.shards import IN_LOSS, STARTS, replacing, shard_parts
+from run.shards import IN_LOSS, STARTS, shard_parts
 
 # input and output
 input = ""  # a glob of .json(l), .tsv, .csv, also .gz; several files make one data set

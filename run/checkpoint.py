@@ -18,7 +18,7 @@ from configurator import Settings
 from methods.registry import find
 from model import LLaMAConfig
 from run import foreign
-from run.shards import replacing
+from run.files import replacing
 
 FORMAT = 3  # raised when what a checkpoint holds changes
 SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size",

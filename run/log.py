@@ -13,8 +13,8 @@ import torch
 from run.checkpoint import checkpoint_paths
 from run.device import GIB, memory_peak, peak_flops
 from run.encodings import get_encoding
+from run.files import replacing
 from run.plot import plot_loss, read_log
-from run.shards import replacing
 from sample import stream
 
 

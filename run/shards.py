@@ -24,10 +24,11 @@ bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example sta
 """
 
 import collections
-import contextlib
 import os
 
 import numpy as np
+
+from run.files import replacing
 
 LAYOUTS = {  # magic: version, type of a token
     20240520: (1, np.dtype("<u2")),
@@ -129,20 +130,3 @@ def token_dtype(n_vocab):
 def magic_of(n_vocab):
     """The layout for a vocabulary, as a key of LAYOUTS."""
     return 20240801 if n_vocab > 65535 else 20240520
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file beside `path` to write to, which takes its name once the block has ended well."""
-    beside = path + ".tmp"
-    try:
-        with open(beside, "wb") as f:
-            yield f
-            # on the disk before it has the name: a power cut leaves the old file or the new one
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:  # Ctrl-C, too
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise

@@ -133,7 +133,7 @@ def trains(*args):
 
     def main():
         sys.argv = ["train.py", *map(str, args)]
-        train.main()
+        train.main(configure(train))
 
     return main
 

@@ -157,16 +157,16 @@ def large(tmp_path):
 def start_and_wait_until_half_made(folder):
     """The command on `large`, stopped (SIGSTOP) while it writes the large shard."""
     shard = folder / "out/b_train_00000.bin"
-    half = folder / "out/b_train_00000.bin.tmp"
     for _ in range(20):  # on a busy machine we may come too late
         run = prepare_c4_command(
             f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0",
             "--workers=2",
         )
-        while not (half.exists() and half.stat().st_size) and run.poll() is None:
+        half = f"{shard}.{run.pid}-0.tmp"
+        while not (os.path.exists(half) and os.path.getsize(half)) and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGSTOP)
-        if half.exists() and half.stat().st_size < 40e6:  # of 76 MB
+        if os.path.exists(half) and os.path.getsize(half) < 40e6:  # of 76 MB
             return run
         run.send_signal(signal.SIGCONT)
         assert run.wait(timeout=60) == 0, run.communicate()

@@ -1,0 +1,130 @@
+"""
+Files that are written whole or not at all, and files that are what they should be.
+
+A file that is being written lies beside its place, as NAME.PROCESS-N.tmp, and takes its name once
+it is on the disk. Its process alone has that name, and locks it: the system opens the lock when
+the process ends, however it ends, so that what it left behind is known.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import stat
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing is taken for left behind
+    fcntl = None
+
+TEMPORARY = re.compile(r".+\.\d+-\d+\.tmp")
+# what a file system answers that cannot sync: some network and user-space ones
+CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write to, which takes the name `path` once the block has ended well.
+
+    Raises OSError, with a file's name in it."""
+    f = temporary_file(path)
+    try:
+        with f:
+            yield f
+            # on the disk before it has the name: a power cut leaves the old file or the new one
+            sync(f)
+        os.replace(f.name, path)
+        sync_folder(os.path.dirname(path))
+    except BaseException:  # Ctrl-C, too
+        with contextlib.suppress(OSError):
+            os.unlink(f.name)
+        raise
+
+
+def temporary_file(path):
+    """A new file beside `path`, open for writing; no other process has its name."""
+    for name in _temporary_names(path):
+        with contextlib.suppress(FileExistsError):
+            f = open(name, "xb")
+            lock(f)
+            return f
+
+
+def temporary_folder(path):
+    """The path of a new folder beside `path`; no other process has its name."""
+    for name in _temporary_names(path):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name)
+            return name
+
+
+def _temporary_names(path):
+    return (f"{path}.{os.getpid()}-{i}.tmp" for i in itertools.count())
+
+
+def sync(f):
+    """Bring what was written to a file to the disk. Raises OSError, with its name."""
+    f.flush()
+    try:
+        os.fsync(f.fileno())
+    except OSError as e:
+        if e.errno not in CANNOT_SYNC:
+            raise OSError(e.errno, e.strerror, f.name)
+
+
+def sync_folder(path):
+    """Bring the names in a folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        folder = os.open(path or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def lock(f):
+    """Lock an open file for this process; False if another process has it, or none can be had."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sweep(folder):
+    """Delete the temporary files in a folder whose process was killed, and say so."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        if not TEMPORARY.fullmatch(name) or not os.path.isfile(path):
+            continue
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            if lock(f):
+                os.unlink(path)
+                print(f"note: deleted {path}: it was left half written by a process that ended")
+
+
+def check_file(path):
+    """Raise OSError, with the path in it, unless there is an ordinary file: a pipe would hang."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, where a file was expected", path)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is no ordinary file", path)
+
+
+def parse_json(text):
+    """What JSON says, in str or bytes of UTF-8, 16 or 32. Raises ValueError for all that is none.
+
+    NaN and infinities, which Python writes, are none."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply")
+
+
+def _refuse(name):
+    raise ValueError(f"{name} is no number in JSON")
