@@ -25,6 +25,8 @@ import os
 import sys
 from types import SimpleNamespace
 
+from run.show import protect_output
+
 
 class Settings(SimpleNamespace):
     """Settings by name. `given` {name: where} holds those that the user set, and in what."""
@@ -77,6 +79,8 @@ def configure(*modules, argv=None, ignore_unknown=False):
     scripts do not have, as when sample.py reads a recipe of train.py. Exits with one line on a name
     that is unknown, a value of a wrong type or range, or a file that cannot be read.
     """
+    if argv is None:  # a script of its own
+        protect_output()
     declared = {}
     for module in modules:
         for name, setting in declarations(module).items():
@@ -225,6 +229,8 @@ def _read(path, names):
         raise SystemExit(f"error: config file {path}: {e.strerror}")
     except SyntaxError as e:
         raise SystemExit(f"error: config file {path}, line {e.lineno}: {e.msg}")
+    except UnicodeDecodeError as e:
+        raise SystemExit(f"error: config file {path}: byte {e.start} is not UTF-8: save it as that")
     except Exception as e:  # whatever a user's program may raise
         raise SystemExit(f"error: config file {path}: {type(e).__name__}: {e}")
     names.path = outside

@@ -107,13 +107,19 @@ def sweep(folder):
                 print(f"note: deleted {path}: it was left half written by a process that ended")
 
 
+def unused(path):
+    """`path`, or with a number after it, so that there is nothing of that name yet."""
+    names = itertools.chain([path], (f"{path}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def check_file(path):
     """Raise OSError, with the path in it, unless there is an ordinary file: a pipe would hang."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, where a file was expected", path)
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "is no ordinary file", path)
+        raise OSError(errno.ENXIO, "is no ordinary file", path)
 
 
 def parse_json(text):
