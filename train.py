@@ -101,14 +101,13 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from methods.registry import find
-from prepare_c4 import prepare
 from qgalore import QGaLore
 from run.checkpoint import save_checkpoint, starting_model, whole_state
-from run.data import open_windows, shard_paths
+from run.data import make_data, open_windows, shares_of
 from run.device import choose_floats, flops_per_token
 from run.finite import check_finite
 from run.folder import Folder
-from run.log import Clock, Log, end
+from run.log import Clock, Log, begin, end
 from run.memory import fits
 from run.ranks import Ranks
 from run.resume import agree, checkpoint_to_resume, follow, restore, shards_of
@@ -146,7 +145,9 @@ def start(s, folder, began):
     if checkpoint is not None:
         restore(run, checkpoint)
     if s.eval_only:
-        run.tell(f"--- {s.init_from}: val loss {run.evaluate():.4f}")
+        loss = run.evaluate()
+        check_finite(run, loss)
+        run.tell(f"--- {s.init_from}: val loss {loss:.4f}")
         return ranks.leave()
 
     windows = {"training windows": train_data.total, "validation windows": val_data.total}
@@ -155,6 +156,7 @@ def start(s, folder, began):
         folder.begin(goes_on=checkpoint is not None)
         run.folder = folder
         run.log = Log(s, folder, checkpoint)
+        begin(run)
     run.stop = Stop(s.max_minutes, ranks.size == 1, began)
     del checkpoint
     finished = run.loop()
@@ -184,13 +186,6 @@ def settle(s, folder):
     if checkpoint is not None:
         agree(s, checkpoint)
     return method, checkpoint, fill, *dtypes
-
-
-def make_data(s, ranks):
-    """Make the shards of data_input, if there are none; the other ranks wait for them."""
-    if ranks.rank == 0 and s.data_input and not shard_paths(s.data_dir, "train"):
-        prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
-    ranks.agree({})
 
 
 # -----------------------------------------------------------------------------
@@ -236,11 +231,6 @@ class Run:
         """Train to the end; False if the run was stopped before."""
         s = self.s
         self.check_ranks("at the start")
-        weights = getattr(self.optimizer, "weights", ())
-        clamped = [w.name for w in weights if w.projection.rank < s.rank]
-        if clamped:
-            self.tell(f"note: rank {s.rank} is larger than the smaller side of {len(clamped)} "
-                      f"matrices, {clamped[0]} among them: these train at full rank")
         progress = Progress(total=s.max_iters, unit="steps", done=self.it,
                             shown=self.ranks.rank == 0)
         start = self.it
@@ -264,7 +254,7 @@ class Run:
             stopping = self.ranks.any(self.stop.asked())
             if (self.it - 1) % s.log_interval == 0 or stopping:
                 entry = self.report(loss, lr)
-                figures = f"loss {loss:.3f}, {entry['tokens_per_s']:,.0f} tokens/s"
+                figures = f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,.0f} tokens/s"
             progress.advance(figures=figures)
             if stopping:
                 self.save()
@@ -281,7 +271,7 @@ class Run:
         batches = []
         for _ in range(s.gradient_accumulation_steps // self.ranks.size):
             batches.append(self.train_data.batch(s.batch_size, self.ranks.rank, self.ranks.size))
-        shares = self.shares(batches)
+        shares = shares_of(batches, self.train_data.rows, s, self.ranks)
         loss = torch.zeros((), device=s.device)
         for i, batch in enumerate(batches):
             x, y, documents = self.on_device(batch)
@@ -296,16 +286,6 @@ class Run:
         optimizer.zero_grad()
         self.it += 1
         return loss
-
-    def shares(self, batches):
-        """The weight of each micro-batch's mean loss in the step's loss.
-
-        Micro-batches of examples have unequal numbers of targets, and each target counts alike."""
-        if not self.train_data.rows:
-            return [1 / self.s.gradient_accumulation_steps] * len(batches)
-        targets = [(y >= 0).sum().item() for _, y, _ in batches]
-        of_step = max(1, self.ranks.total(sum(targets)))
-        return [n / of_step for n in targets]
 
     def sum_and_clip(self):
         """For an optimizer of torch's: sum gradients over ranks, clip them by their norm."""

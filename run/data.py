@@ -15,6 +15,7 @@ import os
 import numpy as np
 import torch
 
+from prepare_c4 import prepare
 from run.encodings import fingerprint, get_encoding
 from run.shards import IN_LOSS, STARTS, open_shard
 
@@ -36,6 +37,25 @@ def open_windows(s, part, seed):
         vocabulary = {"n_vocab": tokenizer.n_vocab, "fingerprint": fingerprint(tokenizer)}
     pattern = _pattern(s.data_dir, part)
     return Windows(pattern, s.block_size, s.vocab_size, seed, **vocabulary)
+
+
+def make_data(s, ranks):
+    """Make the shards of data_input, if there are none; the other ranks wait for them."""
+    if ranks.rank == 0 and s.data_input and not shard_paths(s.data_dir, "train"):
+        prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
+    ranks.agree({})
+
+
+def shares_of(batches, rows, s, ranks):
+    """The weight of each micro-batch's mean loss in the step's loss: [float].
+
+    batches: of this rank. Rows of examples (rows) have unequal numbers of targets, and each target
+    counts alike."""
+    if not rows:
+        return [1 / s.gradient_accumulation_steps] * len(batches)
+    targets = [(y >= 0).sum().item() for _, y, _ in batches]
+    of_step = max(1, ranks.total(sum(targets)))
+    return [n / of_step for n in targets]
 
 
 class Windows:

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from model import QMatrix
 from run.device import GIB, memory_peak, peak_flops
 from run.encodings import get_encoding
 from run.files import replacing, sync, unused
@@ -74,12 +75,12 @@ class Log:
 
     def write(self, entry):
         """entry: {"iter": step, name: number ...}, and "subspaces" where some were refreshed."""
+        line = dict(entry)
         for key, value in entry.items():
             if isinstance(value, float) and not math.isfinite(value):
-                entry[key] = None  # JSON has no such number
-        self.file.write(json.dumps(entry) + "\n")  # the only one that a resume reads
-        numbers = {key: value for key, value in entry.items()
-                   if isinstance(value, (int, float))}
+                line[key] = None  # JSON has no such number
+        self.file.write(json.dumps(line) + "\n")  # the only one that a resume reads
+        numbers = {key: value for key, value in line.items() if isinstance(value, (int, float))}
         try:
             if self.wandb is not None:
                 self.wandb.log(numbers, step=entry["iter"])
@@ -135,6 +136,22 @@ def cut_log(path, step):
     kept = [json.dumps(entry) + "\n" for entry in before if entry["iter"] < step]
     with replacing(path) as f:
         f.write("".join(kept).encode())
+
+
+def begin(run):
+    """Say what this run trains, and by what."""
+    s = run.s
+    weights = sum(p.numel() for p in run.model.parameters())
+    for layer in run.model.modules():
+        if isinstance(layer, QMatrix):  # its weight is no parameter
+            weights += layer.in_features * layer.out_features
+    print(f"{s.method} on {s.device}: {weights:,} weights, {run.clock.tokens_per_step:,} tokens a "
+          f"step, {run.train_data.total:,} windows of {s.block_size} tokens to train on")
+    projected = getattr(run.optimizer, "weights", ())
+    clamped = [weight.name for weight in projected if weight.projection.rank < s.rank]
+    if clamped:
+        print(f"note: rank {s.rank} is larger than the smaller side of {len(clamped)} matrices, "
+              f"{clamped[0]} among them: these train at full rank")
 
 
 def end(run, finished):

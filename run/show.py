@@ -5,6 +5,7 @@ A terminal may be closed, a pipe's reader gone, the disk under a terminal's log 
 printed then is lost, and the program goes on.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -58,7 +59,8 @@ def protect_output():
             stream = open(os.devnull, "w")
         if isinstance(stream, Shown):
             continue
-        if hasattr(stream, "reconfigure"):  # a console's encoding may lack a character
+        # a console's encoding may lack a character; a stream of another kind has no such errors
+        with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Shown(stream))
 

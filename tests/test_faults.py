@@ -5,6 +5,27 @@ Every kind of trouble that a run met, and what is right: docs/reliability.md lis
 tests/torture.py kills, fills and damages at random, for as long as it is told.
 """
 
+import glob
+import json
+import os
+import shutil
+import signal
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import train
+from configurator import configure
+from run import folder as run_folder
+from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, save_checkpoint
+from run.finite import first_not_finite
+from run.folder import Folder
+from run.show import Shown
+from run.stop import SIGNALS, Stop
+from tests.common import TINY_MODEL, TINY_RUN, one_line_error, read_log, run
+
 from functools import partial
 
 import pytest
@@ -16,6 +37,361 @@ from tests.common import tiny
 
 # -----------------------------------------------------------------------------
 # runs that are lost
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    """A run of 4 steps with checkpoints of steps 2 and 4, and the arguments that made it."""
+    out_dir = tmp_path_factory.mktemp("trained") / "out"
+    args = [f"--data_dir={shards}", *TINY_RUN, "--max_iters=4", "--eval_interval=2"]
+    code, out, err = run("train.py", f"--out_dir={out_dir}", *args)
+    assert code == 0, err
+    return out_dir, args
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """The same, for this test to change: (out_dir, arguments)."""
+    shutil.copytree(trained[0], tmp_path / "out")
+    return tmp_path / "out", [f"--out_dir={tmp_path}/out", *trained[1]]
+
+
+def contents(folder):
+    """{path within: what is in it} of a folder's files."""
+    found = {}
+    for path in glob.glob("**", root_dir=folder, recursive=True):
+        if os.path.isfile(f"{folder}/{path}"):
+            with open(f"{folder}/{path}", "rb") as f:
+                found[path] = f.read()
+    return found
+
+
+def change_checkpoint(path, change):
+    """Write a checkpoint anew after change(checkpoint)."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def test_every_start_from_scratch_keeps_the_runs_before(copy):
+    out_dir, args = copy
+    first = contents(out_dir)
+    code, out, err = run("train.py", *args, "--seed=2")
+    assert code == 0 and f"set aside in {out_dir}/earlier-1" in out, err
+    second = contents(out_dir)
+    assert {name: second[f"earlier-1/{name}"] for name in first} == first
+    assert run("train.py", *args, "--seed=3")[0] == 0
+    third = contents(out_dir)
+    for name in first:
+        assert third[f"earlier-1/{name}"] == first[name]
+        assert third[f"earlier-2/{name}"] == second[name]
+    assert third["ckpt.pt"] != second["ckpt.pt"] != first["ckpt.pt"]
+    assert set(os.listdir(out_dir)) == {*first, "earlier-1", "earlier-2"}
+    # and what was set aside is a run that goes on
+    code, out, err = run("train.py", f"--out_dir={out_dir}/earlier-1", "--init_from=resume",
+                         "--max_iters=5")
+    assert code == 0 and "goes on at step 4 of 5" in out, err
+
+
+def test_a_start_that_fails_changes_nothing(copy):
+    out_dir, args = copy
+    before = contents(out_dir)
+
+    def no_wandb():
+        sys.modules["wandb"] = None  # as where it is not installed
+
+    for more in (["--wandb_log=True"], ["--data_dir=nowhere"], ["--n_head=7"]):
+        one_line_error(run("train.py", *args, *more, before=no_wandb))
+    resumed = run("train.py", *args, "--wandb_log=True", "--init_from=resume", before=no_wandb)
+    one_line_error(resumed, "pip install wandb")
+    assert {name: contents(out_dir)[name] for name in before} == before
+    assert not glob.glob(f"{out_dir}/earlier*")
+
+
+def test_a_start_that_ends_early_leaves_both_logs(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for start in range(3):  # each ends before its first checkpoint
+        with Folder(f"{tmp_path}/out") as folder:
+            folder.begin(goes_on=False)
+            with open(f"{folder.now}/log.jsonl", "w") as f:
+                f.write(f"start {start}")
+    after = contents(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert [after[f"{name}/log.jsonl"] for name in ("earlier-1", "earlier-2", "starting")] == [
+        b"start 0", b"start 1", b"start 2"]
+
+
+@pytest.mark.parametrize("moves", range(9))
+def test_a_kill_while_a_run_takes_its_place_loses_nothing(trained, tmp_path, monkeypatch, moves):
+    out_dir = str(tmp_path / "out")
+    shutil.copytree(trained[0], out_dir)
+    earlier = contents(out_dir)
+    with Folder(out_dir) as folder:
+        folder.begin(goes_on=False)
+        for name in ("ckpt.pt", "log.jsonl", "config.json"):
+            with open(f"{folder.now}/{name}", "w") as f:
+                f.write(f"new {name}")
+
+        class Killed(BaseException):
+            pass
+
+        def rename(a, b, rename=os.rename):
+            nonlocal moves
+            moves -= 1
+            if moves < 0:
+                raise Killed
+            rename(a, b)
+
+        monkeypatch.setattr(run_folder.os, "rename", rename)
+        with pytest.raises(Killed):
+            folder.take_place()
+            raise Killed
+        monkeypatch.undo()
+    with Folder(out_dir) as folder:
+        folder.hold()  # the next start ends what was begun
+    after = contents(out_dir)
+    for name in ("ckpt.pt", "log.jsonl", "config.json"):
+        assert after.pop(name) == f"new {name}".encode()
+    assert sorted(after.values()) == sorted(earlier.values())
+    assert not os.path.exists(f"{out_dir}/starting")
+
+
+def test_one_process_trains_in_a_folder(copy):
+    out_dir, args = copy
+    with Folder(str(out_dir)) as folder:
+        folder.hold()
+        before = contents(out_dir)
+        for more in ([], ["--init_from=resume"], ["--init_from=auto"]):
+            refused = run("train.py", *args, *more)
+            one_line_error(refused, f"process {os.getpid()} on ", "trains there now")
+        # others may read, and write nothing
+        code, out, err = run("train.py", *args, "--eval_only=True", "--init_from=resume")
+        assert code == 0 and "--- resume: val loss " in out, err
+        assert contents(out_dir) == before
+    assert not os.path.exists(out_dir / "lock")
+
+
+def test_an_evaluation_alone_is_of_the_run_that_is_there(copy):
+    out_dir, args = copy
+    before = contents(out_dir)
+    code, out, err = run("train.py", *args, "--eval_only=True")
+    assert code == 0, err
+    assert f"--- resume: val loss {read_log(out_dir)[4, 'val_loss']:.4f}" in out
+    assert contents(out_dir) == before
+
+
+def test_auto_starts_a_run_or_goes_on_with_it(shards, tmp_path):
+    args = [f"--out_dir={tmp_path}", f"--data_dir={shards}", *TINY_RUN, "--init_from=auto"]
+    for steps in (2, 4):
+        code, out, err = run("train.py", *args, f"--max_iters={steps}", "--decay_lr=False")
+        assert code == 0 and ("goes on at step 2" in out) == (steps == 4), err
+    assert set(os.listdir(tmp_path)) == {"ckpt.pt", "ckpt-1.pt", "log.jsonl", "config.json",
+                                         "loss.png", "subspaces.png"}
+    missing = run("train.py", *args[1:], f"--out_dir={tmp_path}/new", "--init_from=auto:nowhere/x")
+    one_line_error(missing, "nowhere/x")
+
+
+class FailingFile:
+    """zipfile.ZipFile, where the disk or the memory fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, path):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"),
+                                   OSError(5, "Input/output error"), MemoryError()])
+def test_a_failure_to_read_is_no_damage(copy, monkeypatch, error):
+    out_dir, _ = copy
+    before = contents(out_dir)
+    monkeypatch.setattr(zipfile, "ZipFile", FailingFile(error))
+    with pytest.raises(SystemExit, match=r"ckpt\.pt cannot be read") as e:
+        load_checkpoint(str(out_dir))
+    assert not isinstance(e.value, Damaged)
+    assert contents(out_dir) == before
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_folder_or_pipe_in_a_checkpoints_place(copy, make):
+    out_dir, args = copy
+    os.unlink(out_dir / "ckpt.pt")
+    make(out_dir / "ckpt.pt")
+    one_line_error(run("train.py", *args, "--init_from=resume"), "ckpt.pt cannot be read")
+    assert os.path.exists(out_dir / "ckpt-1.pt") and not glob.glob(f"{out_dir}/damaged*")
+
+
+def test_damaged_checkpoints_all_keep_their_names(copy):
+    out_dir, args = copy
+    for content in (b"one", b"two"):
+        (out_dir / "ckpt.pt").write_bytes(content)
+        code, out, err = run("train.py", *args, "--init_from=resume")
+        assert code == 0 and "going back" in out, err
+    assert (out_dir / "damaged_ckpt.pt").read_bytes() == b"one"
+    assert (out_dir / "damaged_ckpt.pt-2").read_bytes() == b"two"
+
+
+WRONG_PARTS = [("iter", -1), ("iter", True), ("iter", "4"), ("position", None), ("config", []),
+               ("model", {1: 2}), ("model", {"embed.weight": 3}), ("optimizer", 7),
+               ("optimizer", {}), ("model", {}), ("optimizer", {"trained": {}})]
+
+
+@pytest.mark.parametrize("part,value", WRONG_PARTS)
+def test_a_checkpoint_of_wrong_contents_is_one_line(copy, part, value):
+    out_dir, args = copy
+    change_checkpoint(out_dir / "ckpt.pt", lambda checkpoint: checkpoint.update({part: value}))
+    before = contents(out_dir)
+    one_line_error(run("train.py", *args, "--init_from=resume"), "ckpt.pt")
+    assert contents(out_dir) == before
+
+
+@pytest.mark.parametrize("shut", ["reader", "full", "closed"])
+def test_a_run_outlives_its_terminal(shards, tmp_path, shut):
+    def before():
+        reader, writer = os.pipe()
+        os.close(reader)
+        full = os.open("/dev/full", os.O_WRONLY) if shut == "full" else writer
+        for fd in (1, 2):
+            os.dup2(full, fd)
+        if shut == "closed":
+            sys.stdout = sys.stderr = None  # which closes 1 and 2
+
+    args = [f"--out_dir={tmp_path}", f"--data_dir={shards}", *TINY_RUN, "--max_iters=4"]
+    code, _, _ = run("train.py", *args, "--eval_interval=2", "--sample_tokens=5", before=before)
+    assert code == 0
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter"] == 4
+    with open(tmp_path / "log.jsonl") as f:
+        assert all(json.loads(line) for line in f)
+
+
+def test_output_that_cannot_be_shown_is_dropped():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        shown = Shown(stream)
+        for _ in range(3):
+            assert shown.write("x" * 100_000) == 100_000
+            shown.flush()
+
+
+def test_schedulers_and_closed_terminals_stop_a_run_well():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    try:
+        for name in SIGNALS:
+            stop = Stop(minutes=0, alone=True, began=0)
+            os.kill(os.getpid(), getattr(signal, name))
+            assert stop.asked() and stop.reason() == name
+        # USR1 before TERM: the second does not end what the first asked for
+        os.kill(os.getpid(), signal.SIGTERM)
+        # nohup asks to go on
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = Stop(minutes=0, alone=True, began=0)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked()
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def poison(step):
+    """Make a weight NaN after that step of the run that follows."""
+    take_step = train.Run.step
+
+    def poisoned(self, lr):
+        loss = take_step(self, lr)
+        if self.it == step:
+            self.model.norm.weight.data[0] = torch.nan
+        return loss
+
+    train.Run.step = poisoned
+
+
+def test_a_run_that_became_nan_stops_and_keeps_the_last(shards, tmp_path):
+    args = [f"--out_dir={tmp_path}", f"--data_dir={shards}", *TINY_MODEL, "--method=adamw",
+            "--max_iters=9", "--eval_interval=2"]
+    lost = run("train.py", *args, before=lambda: poison(5))
+    one_line_error(lost, "step 6", "is not finite", "ckpt.pt has step 4")
+    checkpoint = read_checkpoint(str(tmp_path / "ckpt.pt"))
+    assert checkpoint["iter"] == 4
+    assert all(t.isfinite().all() for t in checkpoint["model"].values())
+    with open(tmp_path / "log.jsonl") as f:
+        assert "NaN" not in f.read()  # which JSON does not have
+
+
+def test_a_model_of_nan_is_neither_evaluated_nor_sampled(copy):
+    out_dir, args = copy
+
+    def to_nan(checkpoint):
+        checkpoint["model"]["norm.weight"][0] = torch.nan
+
+    change_checkpoint(out_dir / "ckpt.pt", to_nan)
+    for script, more in (("train.py", args + ["--eval_only=True"]),
+                         ("sample.py", [f"--out_dir={out_dir}", "--device=cpu"])):
+        one_line_error(run(script, *more), "is not finite")
+
+
+def settled(out_dir, *args):
+    """The settings of a run that resumes."""
+    s = configure(train, argv=[f"--out_dir={out_dir}", "--init_from=resume", *args])
+    with Folder(str(out_dir)) as folder:
+        train.settle(s, folder)
+    return s
+
+
+def test_a_bare_resume_takes_all_from_the_checkpoint(trained, capsys):
+    s = settled(trained[0])
+    saved = torch.load(trained[0] / "ckpt.pt", weights_only=True)["config"]
+    different = {name for name, value in s.as_dict().items() if saved[name] != value}
+    assert different <= {"init_from", "out_dir"}
+    assert "n_embd = 64" in capsys.readouterr().out
+
+
+REFUSED = ["block_size=16", "seed=2", "rope_theta=500.0", "encoding=gpt2", "dtype=bfloat16",
+           "proj_svd=True", "proj_gap=7", "n_layer=3", "method=adamw", "moments=8bit", "rank=8"]
+TAKEN = ["batch_size=2", "gradient_accumulation_steps=2", "beta1=0.8",
+         "accumulation=bfloat16", "weight_decay=0.1", "learning_rate=0.02", "proj_threshold=0.5"]
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_resume_that_would_be_another_run_is_refused(trained, flag):
+    name, value = flag.split("=")
+    with pytest.raises(SystemExit, match=f"was trained with {name} = ") as e:
+        settled(trained[0], f"--{flag}")
+    assert value in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("flag", TAKEN)
+def test_a_change_at_a_resume_is_taken_and_said(trained, capsys, flag):
+    name, value = flag.split("=")
+    s = settled(trained[0], f"--{flag}")
+    assert str(getattr(s, name)) == value
+    assert f"note: {name} = " in capsys.readouterr().out
+
+
+def test_adamw_takes_new_betas_at_a_resume(shards, tmp_path):
+    args = [f"--out_dir={tmp_path}", f"--data_dir={shards}", *TINY_MODEL, "--method=adamw"]
+    assert run("train.py", *args, "--max_iters=1")[0] == 0
+    more = ["--init_from=resume", "--beta1=0.5", "--weight_decay=0.1", "--max_iters=2"]
+    code, out, err = run("train.py", *args, *more)
+    assert code == 0 and "note: beta1 = 0.5; the checkpoint was trained with 0.9" in out, err
+    groups = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert groups[0]["betas"][0] == 0.5
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_other_shards_at_a_resume_are_read_from_the_start(copy, shards, tmp_path):
+    out_dir, args = copy
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    more = ["--init_from=resume", "--max_iters=5"]
+    code, out, err = run("train.py", *args, f"--data_dir={moved}", *more)
+    assert code == 0 and "reading begins anew" not in out, err
+    assert torch.load(out_dir / "ckpt.pt", weights_only=True)["position"] == 5 * 4
+    os.unlink(moved / "text_train_00001.bin")
+    code, out, err = run("train.py", *args, f"--data_dir={moved}", *more, "--max_iters=6")
+    assert code == 0 and "reading begins anew" in out, err
+    assert torch.load(out_dir / "ckpt.pt", weights_only=True)["position"] == 4
 
 # -----------------------------------------------------------------------------
 # gradients and weights that are not finite
