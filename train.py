@@ -102,7 +102,6 @@ from tqdm import tqdm
 
 from methods.registry import find
 from prepare_c4 import prepare
-from qgalore import QGaLore
 from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
                             whole_state)
 from run.data import open_windows, shard_paths
@@ -210,7 +209,6 @@ class Run:
         self.train_data = train_data
         self.val_data = val_data
         self.ranks = ranks
-        self.in_backward = isinstance(optimizer, QGaLore)  # else torch's own optimizer
         self.autocast = nullcontext()
         self.clock = Clock(s, ranks, flops_per_token(model.config))
         self.it = 0  # steps taken
@@ -277,8 +275,6 @@ class Run:
                 micro_loss = self.model(x, y, documents=documents) * shares[i]
             micro_loss.backward()  # in-backward methods also update the weights here
             loss += micro_loss.detach()
-        if not self.in_backward:
-            self.sum_and_clip()
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1
@@ -293,15 +289,6 @@ class Run:
         targets = [(y >= 0).sum().item() for _, y, _ in batches]
         of_step = max(1, self.ranks.total(sum(targets)))
         return [n / of_step for n in targets]
-
-    def sum_and_clip(self):
-        """For an optimizer of torch's: sum gradients over ranks, clip them by their norm."""
-        for p in self.model.parameters():
-            if p.grad is not None:
-                self.ranks.sum_(p.grad, lambda grad: None)
-        self.ranks.land()
-        limit = self.s.grad_clip or math.inf
-        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def on_device(self, batch):
         return [t if t is None else t.to(self.s.device, non_blocking=True) for t in batch]
@@ -328,12 +315,9 @@ class Run:
         """Log the step that was just taken; returns the entry."""
         loss = self.ranks.total(loss.item())  # a sync point
         entry = {"iter": self.it - 1, "loss": loss, "lr": lr} | self.clock.lap(self.it)
-        if self.in_backward:
-            entry |= self.optimizer.pop_stats()
-            if refreshes := self.optimizer.pop_refreshes():
-                entry["subspaces"] = refreshes
-        else:
-            entry["grad_norm"] = self.norm.item()
+        entry |= self.optimizer.pop_stats()
+        if refreshes := self.optimizer.pop_refreshes():
+            entry["subspaces"] = refreshes
         self.log.write(entry)
         return entry
 
