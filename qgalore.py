@@ -370,6 +370,8 @@ class ProjectedWeight(Trained):
         self.layer.add_low_rank_(left, right, shrink, key)
 
     def refresh(self, sketch):
+        if not self.moves:  # else the gradient that came with it was counted
+            self.optimizer.skipped += ~sketch.sum().isfinite()
         self.projection.refresh(sketch, self.step)
 
     def empty_basis(self):
@@ -559,12 +561,14 @@ class QGaLore(torch.optim.Optimizer):
         """Everything that the next step depends on, as tensors, numbers and containers of them."""
         groups = [group | {"params": []} for group in self.param_groups]
         trained = {name: t.state_dict() for name, t in self.trained.items()}
-        return {"param_groups": groups, "norms": self.norms, "trained": trained}
+        now = {"norms": self.norms, "skipped": self.skipped}
+        return {"param_groups": groups, "trained": trained} | now
 
     def load_state_dict(self, state):
         state = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), state)
         for group, saved in zip(self.param_groups, state["param_groups"]):
             group.update(saved | {"params": group["params"]})
         self.norms = state["norms"]
+        self.skipped = state.get("skipped", self.skipped)  # an older run did not save it
         for name, t in self.trained.items():
             t.load_state_dict(state["trained"][name])

@@ -101,7 +101,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from methods.registry import find
-from qgalore import QGaLore
 from run.checkpoint import save_checkpoint, starting_model, whole_state
 from run.data import make_data, open_windows, shares_of
 from run.device import choose_floats, flops_per_token
@@ -216,7 +215,6 @@ class Run:
         self.train_data = train_data
         self.val_data = val_data
         self.ranks = ranks
-        self.in_backward = isinstance(optimizer, QGaLore)  # else torch's own optimizer
         self.autocast = nullcontext()
         self.clock = Clock(s, ranks, flops_per_token(model.config))
         self.it = 0  # steps taken
@@ -280,21 +278,10 @@ class Run:
                 micro_loss = self.model(x, y, documents=documents) * shares[i]
             micro_loss.backward()  # in-backward methods also update the weights here
             loss += micro_loss.detach()
-        if not self.in_backward:
-            self.sum_and_clip()
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1
         return loss
-
-    def sum_and_clip(self):
-        """For an optimizer of torch's: sum gradients over ranks, clip them by their norm."""
-        for p in self.model.parameters():
-            if p.grad is not None:
-                self.ranks.sum_(p.grad, lambda grad: None)
-        self.ranks.land()
-        limit = self.s.grad_clip or math.inf
-        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def on_device(self, batch):
         return [t if t is None else t.to(self.s.device, non_blocking=True) for t in batch]
@@ -323,12 +310,9 @@ class Run:
         if not math.isfinite(loss):
             check_finite(self)
         entry = {"iter": self.it - 1, "loss": loss, "lr": lr} | self.clock.lap(self.it)
-        if self.in_backward:
-            entry |= self.optimizer.pop_stats()
-            if refreshes := self.optimizer.pop_refreshes():
-                entry["subspaces"] = refreshes
-        else:
-            entry["grad_norm"] = self.norm.item()
+        entry |= self.optimizer.pop_stats()
+        if refreshes := self.optimizer.pop_refreshes():
+            entry["subspaces"] = refreshes
         self.write(entry)
         return entry
 

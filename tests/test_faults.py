@@ -12,28 +12,27 @@ import shutil
 import signal
 import sys
 import zipfile
+from functools import partial
 
 import pytest
 import torch
 
 import train
 from configurator import configure
+from methods import registry
+from methods.registry import METHODS, find
+from model import LLaMA, QLinear
 from run import folder as run_folder
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, save_checkpoint
 from run.finite import first_not_finite
 from run.folder import Folder
+from run.ranks import Ranks
 from run.show import Shown
 from run.stop import SIGNALS, Stop
-from tests.common import TINY_MODEL, TINY_RUN, one_line_error, read_log, run
+from tests.common import (Job, TINY_MODEL, TINY_RUN, one_line_error, read_log, run, settings, tiny,
+                          tokens)
 
-from functools import partial
-
-import pytest
-import torch
-
-from model import LLaMA, QLinear
-from run.finite import first_not_finite
-from tests.common import tiny
+find("qgalore")  # METHODS has them all now
 
 # -----------------------------------------------------------------------------
 # runs that are lost
@@ -413,6 +412,147 @@ def test_a_weight_that_is_not_finite_is_found_by_name(bits):
     model.head.weight.data.fill_(torch.nan)
     model.embed.weight.data[0, 0] = torch.inf
     assert first_not_finite(model) == "embed.weight"  # the first of two
+
+
+ONE_BLOCK = (
+    "--n_layer=1 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=257 --block_size=32"
+    " --device=cpu --dtype=float32"
+).split()
+
+
+def small_run(name, **changes):
+    """(method, settings, model, optimizer) of one block, with the settings that the method reads."""
+    method = find(name)
+    values = {"rank": 16, "proj_gap": 2} | changes
+    everyone = ("grad_clip", "gradient_accumulation_steps")
+    flags = [f"--{key}={v}" for key, v in values.items() if key in (*method.reads, *everyone)]
+    s = settings(f"--method={name}", *ONE_BLOCK, *flags)
+    if name == "welore":
+        s.low_rank = "blocks.0.attn.q_proj=8"
+    torch.manual_seed(0)
+    model, optimizer = method.build(s, "cpu", torch.float32)
+    for p in model.parameters():
+        if p.ndim == 2 and p.abs().max() == 0:  # one factor of two
+            torch.nn.init.normal_(p, std=0.1)
+    return method, s, model, optimizer
+
+
+def spoil(model, what, value):
+    """Put `value` into the next gradient of a matrix, of the embedding or of a norm.
+
+    False if no such thing is trained."""
+
+    def spoiled(gradient):
+        if not pending:
+            return gradient
+        gradient = gradient.clone()
+        gradient.view(-1)[gradient.numel() // 2] = pending.pop()
+        return gradient
+
+    pending = [value]
+    layers = [m for m in model.modules() if isinstance(m, QLinear) and m.hook is not None]
+    if what == "matrix" and layers:
+        hook = layers[0].hook
+        layers[0].hook = lambda layer, x, dy: hook(layer, x, spoiled(dy))
+        return True
+    for name, p in model.named_parameters():
+        is_embedding = name.startswith(("embed", "head"))
+        of = {"matrix": p.ndim == 2 and not is_embedding, "embed": is_embedding,
+              "norm": p.ndim == 1}
+        if p.requires_grad and of[what]:
+            p.register_hook(spoiled)
+            return True
+    return False
+
+
+def train_step(method, s, model, optimizer, step):
+    """One step; returns pop_stats()."""
+    method.before_step(model, optimizer, s, step)
+    parts = s.gradient_accumulation_steps
+    for part in range(parts):
+        optimizer.accumulating = part < parts - 1
+        (model(*tokens(vocab=257, seed=2 * step + part)) / parts).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.pop_stats()
+
+
+def trained_weights(model):
+    """{name: a copy} of all that may move."""
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear) and module.hook is not None:
+            weights[name] = module.float_weight().clone()
+    return weights
+
+
+@pytest.mark.parametrize("parts, clip", [(1, 0), (2, 1.0)])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_skips_and_counts_a_bad_gradient(name, parts, clip):
+    training = small_run(name, gradient_accumulation_steps=parts, grad_clip=clip)
+    model = training[2]
+    plan = {0: ("matrix", torch.inf), 3: ("matrix", torch.nan), 4: ("embed", -torch.inf),
+            5: ("norm", torch.nan)}
+    for step in range(7):
+        bad = step in plan and spoil(model, *plan[step])
+        before = trained_weights(model)
+        stats = train_step(*training, step)
+        assert stats["skipped"] == bad
+        assert first_not_finite(model) is None and math.isfinite(stats["grad_norm"])
+        if step > 1:  # all have a basis
+            still = [n for n, w in trained_weights(model).items() if torch.equal(w, before[n])]
+            assert len(still) <= bad  # the others step
+
+
+@pytest.mark.parametrize("name", ["adamw", "qgalore"])
+def test_skipped_since_the_last_log_survives_a_resume(name):
+    _, _, model, optimizer = small_run(name)
+    spoil(model, "norm", torch.inf)
+    model(*tokens(vocab=257)).backward()
+    optimizer.step()
+    resumed = small_run(name)[3]
+    resumed.load_state_dict(optimizer.state_dict())
+    assert optimizer.pop_stats()["skipped"] == 1  # which sets its own back, not the copy's
+    assert resumed.pop_stats()["skipped"] == 1
+    resumed.load_state_dict({k: v for k, v in optimizer.state_dict().items() if k != "skipped"})
+    assert resumed.pop_stats()["skipped"] == 0  # a checkpoint of an older version
+
+
+@pytest.mark.parametrize("name", ["adamw", "qgalore", "qmuon"])
+def test_ranks_skip_a_bad_gradient_of_one_of_them_alike(tmp_path, name):
+    def main():
+        ranks = Ranks("cpu", {}, 30, micro_batches=2)
+        method, s, model, optimizer = small_run(name)
+        optimizer.ranks = ranks
+        for step in range(4):
+            if step == 2 and ranks.rank == 1:
+                spoil(model, "matrix", torch.inf)
+                spoil(model, "norm", torch.nan)
+            stats = train_step(method, s, model, optimizer, step)
+            assert stats["skipped"] == (2 if step == 2 else 0)
+            ranks.check_identical(dict(model.state_dict()), f"at step {step}")
+        assert first_not_finite(model) is None
+        ranks.leave()
+
+    for code, out, err in Job(tmp_path, main, main).wait():
+        assert code == 0, err
+
+
+def test_a_run_logs_what_it_skipped(shards, tmp_path, monkeypatch):
+    build = registry.Method.build_model
+
+    def with_an_inf(self, *args, **kwargs):
+        model = build(self, *args, **kwargs)
+        spoil(model, "norm", torch.inf)
+        return model
+
+    monkeypatch.setattr(registry.Method, "build_model", with_an_inf)
+    args = [*TINY_MODEL, f"--data_dir={shards}", f"--out_dir={tmp_path}/run", "--method=adamw"]
+    code, out, err = run("train.py", *args, "--max_iters=3", "--grad_clip=1")
+    assert code == 0, err
+    with open(f"{tmp_path}/run/log.jsonl") as f:
+        lines = [line for line in map(json.loads, f) if "loss" in line]
+    assert [line["skipped"] for line in lines] == [1, 0, 0]
 
 
 # -----------------------------------------------------------------------------
