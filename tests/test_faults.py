@@ -7,6 +7,7 @@ tests/torture.py kills, fills and damages at random, for as long as it is told.
 
 import glob
 import json
+import math
 import os
 import shutil
 import signal
