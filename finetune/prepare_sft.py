@@ -271,11 +271,20 @@ def template(name, text):
     raise SystemExit(f"error: {name}={text!r}: {why}; write {{field}}, and {{{{ for a brace")
 
 
+class Filled(string.Formatter):
+    """str.format for records: a list or an object is no text, but its parts may be."""
+
+    def format_field(self, value, spec):
+        if isinstance(value, (list, dict)):
+            raise ValueError("a field is a list or an object: name its part, as {answers[0]}")
+        return super().format_field(value, spec)
+
+
 def fill(text, record):
     """`text` with the record's fields in their places. Raises ValueError if it lacks one."""
     given = {key: value for key, value in record.items() if value is not None}
     try:
-        return text.format_map(given)
+        return Filled().vformat(text, (), given)
     except (LookupError, AttributeError, TypeError) as e:
         missing = e.args[0] if isinstance(e, KeyError) else first_line(e)
         raise ValueError(f"no field {missing!r}")
@@ -342,8 +351,11 @@ def conversation(enc, messages, fields=None):
         stripped = through.rstrip()
         if stripped.endswith(tuple(enc.special)):
             end = len(stripped)
+        said = whole[len(before) : end]
+        if not re.sub("|".join(map(re.escape, enc.special)), "", said).strip():
+            raise ValueError("the assistant says nothing that the chat template writes")
         pieces.append((whole[at : len(before)], False))
-        pieces.append((whole[len(before) : end], True))
+        pieces.append((said, True))
         at = end
     pieces.append((whole[at:], False))
     return pieces
@@ -401,7 +413,8 @@ def template_fields(enc, record):
             fields[name] = value
     for name in ("tools", "documents"):
         if isinstance(fields.get(name), str):  # data sets whose columns have one type spell it so
-            fields[name] = parse_json(fields[name])
+            with contextlib.suppress(ValueError):
+                fields[name] = parse_json(fields[name])
         if name in fields and not isinstance(fields[name], list):
             raise ValueError(f"its {name} are no list")
     return fields
@@ -503,10 +516,12 @@ def read_examples(paths, enc, s):
     prompt, completion, words, chat = templates(s)
     examples = []
     for path in paths:
+        total = 0
         skipped = Skipped()
         not_used = Skipped()
         found = records(path, s.columns)
         for where, record in tqdm(found, os.path.basename(path), unit=" records", mininterval=1):
+            total += 1
             try:
                 if isinstance(record, ValueError):
                     raise record
@@ -521,9 +536,9 @@ def read_examples(paths, enc, s):
                 raise SystemExit(f"error: {path}, {where}: {str(e.code).removeprefix('error: ')}")
             except ValueError as e:
                 skipped.add(first_line(e), where)
-        skipped.say(path)
+        skipped.say(path, total)
         for what, (count, where) in not_used.items():
-            print(f"{path}: {what} is not used, in {count:,} records (the first: {where})")
+            print(f"{path}: not used: {what} ({count:,} of {total:,} records; the first: {where})")
     return examples
 
 
