@@ -8,9 +8,9 @@ shards.json, beside the shards of a folder: of what each of them was made, and h
         "settings": {"maker": "prepare_c4", "val_fraction": 0.05},
         "finished": true}}}
 
-What makes shards looks here before it keeps one. What does not match is made again, or refused:
-no folder holds a text twice, or tokens of two kinds. Training needs no such file, as llm.c's
-shards have none.
+What makes shards looks here before it keeps one. What does not match is made again, or refused,
+so that no folder mixes what two commands made. Training needs no such file, as llm.c's shards have
+none.
 
 An entry is first written unfinished, then its shards take their names, then it is finished. So
 a stop at any moment leaves shards that are known to be whole, or known to be made again.
@@ -19,7 +19,9 @@ a stop at any moment leaves shards that are known to be whole, or known to be ma
 import contextlib
 import hashlib
 import json
+import math
 import os
+import time
 
 from run.encodings import fingerprint
 from run.files import check_file, fcntl, parse_json, replacing
@@ -27,6 +29,7 @@ from run.shards import part_of
 
 NAME = "shards.json"
 FORMAT = 1  # raised when what an entry holds changes
+MANY = 500  # entries; writing so many takes a while
 PARTS = {"sources": list, "tokenizer": dict, "settings": dict, "finished": bool}  # of an entry
 
 
@@ -38,6 +41,8 @@ class Manifest:
     def __init__(self, folder, entries):
         self.folder = folder
         self._entries = entries  # {name: its facts, and whether it is "finished"}
+        self._written = self._content()  # as it was last written
+        self._time = -math.inf  # when
 
     @classmethod
     def read(cls, folder):
@@ -70,23 +75,24 @@ class Manifest:
         """Whether a shard took its name after all that its entry says was done."""
         return name in self._entries and self._entries[name]["finished"]
 
-    def begin(self, names, facts):
-        """Note that shards are about to take these names: until finish(), they are not whole."""
-        for name in names:
+    def begin(self, entries):
+        """Note that shards are to be made, {name: facts}: until finish(), they are not whole."""
+        for name, facts in entries.items():
             self._entries[name] = facts | {"finished": False}
-        self._write()
+        self.write()
 
     def finish(self, names):
-        """Note that they have their names."""
+        """Note that shards have their names. Of very many not each is written: write() ends it."""
         for name in names:
             self._entries[name] = self._entries[name] | {"finished": True}
-        self._write()
+        if len(self._entries) < MANY or time.monotonic() > self._time + 1:
+            self.write()
 
     def forget(self, names):
         """Drop the entries of shards that are no more."""
         for name in names:
             self._entries.pop(name, None)
-        self._write()
+        self.write()
 
     def strangers(self, names):
         """The shards in the folder that train.py would read beside `names`, sorted."""
@@ -100,13 +106,21 @@ class Manifest:
             return f"something that {NAME} does not tell"
         paths = [source["path"] for source in entry["sources"]]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        return f"{paths[0]}{more}" if paths else "nothing"
+        return paths[0] + more
 
-    def _write(self):
-        """Raises OSError, with a file's name in it."""
-        content = {"format": FORMAT, "shards": dict(sorted(self._entries.items()))}
+    def write(self):
+        """Write the file, if anything was noted since. Raises OSError, with a file's name in it."""
+        content = self._content()
+        if content == self._written:
+            return
         with replacing(os.path.join(self.folder, NAME)) as f:
-            f.write(json.dumps(content, indent=1).encode())
+            f.write(content)
+        self._written = content
+        self._time = time.monotonic()
+
+    def _content(self):
+        content = {"format": FORMAT, "shards": dict(sorted(self._entries.items()))}
+        return json.dumps(content, indent=1).encode()
 
 
 def _entries(content):
@@ -123,7 +137,8 @@ def _entries(content):
     for name, entry in manifest["shards"].items():
         whole = isinstance(entry, dict)
         whole = whole and all(isinstance(entry.get(part), kind) for part, kind in PARTS.items())
-        if not whole or not all(_is_source(source) for source in entry["sources"]):
+        whole = whole and entry["sources"]
+        if not whole or not all(map(_is_source, entry["sources"])):
             raise ValueError(f"damaged: the entry of {name} is not whole")
     return manifest["shards"]
 
@@ -157,27 +172,40 @@ def source(path):
     return {"path": os.path.abspath(path), "size": size, "blake2b": digest.hexdigest()}
 
 
-def contents(sources):
-    """The sources without their paths: a file may be moved. Equal contents are one text."""
-    return [{key: s[key] for key in s if key != "path"} for s in sources]
+def path_of(source):
+    return source["path"]
+
+
+def contents(source):
+    """What tells a source's contents, as a text, wherever it lies."""
+    return str(sorted(item for item in source.items() if item[0] != "path"))
+
+
+def same_contents(entry, facts):
+    return list(map(contents, entry["sources"])) == list(map(contents, facts["sources"]))
+
+
+def same_paths(entry, facts):
+    return list(map(path_of, entry["sources"])) == list(map(path_of, facts["sources"]))
 
 
 def difference(entry, facts):
-    """What an entry has otherwise than wanted, "val_fraction=0.05, not 0.1"; "" if nothing.
+    """How an entry's shard was made otherwise, "val_fraction=0.05, not 0.1"; "" if it was not."""
+    before = entry["settings"]
+    now = facts["settings"]
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            return f"{key}={before.get(key)}, not {now.get(key)}"
+    return other_tokenizer(entry, facts)
 
-    Paths do not count, and neither do the names of tokenizers: contents and fingerprints do."""
-    tokenizer = entry["tokenizer"]
-    wanted = facts["tokenizer"]
+
+def other_tokenizer(entry, facts):
+    """The same of the tokenizer alone: it is told by its fingerprint, not by its name."""
+    before = entry["tokenizer"]
+    now = facts["tokenizer"]
     for key in ("n_vocab", "fingerprint"):
-        if tokenizer.get(key) != wanted[key]:
-            return f"encoding={tokenizer.get('name')}, not {wanted['name']}"
-    for key in sorted({*entry["settings"], *facts["settings"]}):
-        before = entry["settings"].get(key)
-        now = facts["settings"].get(key)
-        if before != now:
-            return f"{key}={before}, not {now}"
-    if contents(entry["sources"]) != contents(facts["sources"]):
-        return "other contents of its source"
+        if before.get(key) != now[key]:
+            return f"encoding={before.get('name')}, not {now['name']}"
     return ""
 
 
