@@ -93,14 +93,17 @@ class Skipped(dict):
         for reason, (count, where) in other.items():
             self.add(reason, where, count)
 
-    def say(self, path, unit="records"):
-        """Print a line for each reason, the most frequent first, of at most eight."""
+    def say(self, path, of=None, unit="records"):
+        """Print a line for each reason, the most frequent first, of at most eight.
+
+        of: how many there were in all, where that is known."""
+        of_all = "" if of is None else f" of {of:,}"
         by_count = sorted(self.items(), key=lambda item: -item[1][0])
         for reason, (count, where) in by_count[:8]:
-            print(f"{path}: {count:,} {unit} left out: {reason} (the first: {where})")
+            print(f"{path}: {count:,}{of_all} {unit} left out: {reason} (the first: {where})")
         more = sum(count for _, (count, _) in by_count[8:])
         if more:
-            print(f"{path}: {more:,} {unit} left out for {len(by_count) - 8} more reasons")
+            print(f"{path}: {more:,}{of_all} {unit} left out for other reasons")
 
     @property
     def total(self):
