@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import configure
-from finetune.hf_config import config_json, settings
+from finetune.hf_config import config_json, described, settings  # noqa: F401
 from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
 from finetune.hf_load import (INT8_NAMES, hf_names, int8_names, is_gemma, load,  # noqa: F401
                               load_weights, local)
@@ -120,7 +120,7 @@ def write(path, config, tensors, like=None, check=None):
         os.makedirs(temporary)
         # read config.json back: does it say all that the model is?
         write_json(os.path.join(temporary, "config.json"), config)
-        found = settings(temporary)
+        found = described(temporary)
         if check is not None:
             check(found)
         write_tensors(temporary, tensors)

@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 
 from finetune.adapters import LowRank, put_low_rank
-from finetune.hf_config import read_json, settings
-from finetune.hf_files import read_tensor, tensor_files
+from finetune.fields import read_json
+from finetune.hf_config import settings
+from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, QMatrix, RMSNorm
 from quant import dequantize_int8
 from run.text import first_line
@@ -41,10 +42,11 @@ GEMMA2_NAMES = {
 }
 
 
-def hf_names(model):
+def hf_names(model, held=()):
     """{name in Hugging Face's checkpoint: (module, attribute)} of all that a LLaMA holds.
 
-    The attribute is "weight" or "bias"; of a LowRank "u", "v" or "bias"."""
+    The attribute is "weight" or "bias"; of a LowRank "u", "v" or "bias". held: the checkpoint's
+    names, where there is one: it may hold a tied embedding as the head."""
     names = NAMES | (GEMMA2_NAMES if model.config.post_norms else {})
     found = {}
     for name, module in model.named_modules():  # a tied head is met once, as the embedding
@@ -59,6 +61,8 @@ def hf_names(model):
         prefix = ".".join(names.get(part, part) for part in name.split("."))
         for kind in kinds:
             found[f"{prefix}.{kind}"] = module, kind
+    if model.config.tie_embedding and HEAD in held and EMBEDDING not in held:
+        found[HEAD] = found.pop(EMBEDDING)
     return found
 
 
@@ -126,12 +130,13 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
     # leave out what some files hold although the model makes it itself
     held = {}
     for name, file in tensor_files(path).items():
-        tied_head = name == "lm_head.weight" and model.config.tie_embedding
-        if not tied_head and not name.endswith("rotary_emb.inv_freq"):  # of old transformers
+        if not name.endswith("rotary_emb.inv_freq"):  # of old transformers
             held[name] = file
+    if model.config.tie_embedding and EMBEDDING in held:
+        held.pop(HEAD, None)  # it is the same, or settings() had said otherwise
 
     # the names first: a checkpoint that does not fit is refused before any tensor is read
-    wanted = hf_names(model)
+    wanted = hf_names(model, held)
     _check_names(model, path, held, wanted)
 
     for name, (module, kind) in wanted.items():
@@ -204,6 +209,3 @@ def is_gemma(model):
     """Whether the norms multiply by 1 + w, where w is what the checkpoint holds."""
     return model.config.architecture.startswith("Gemma")
 
-
-# -----------------------------------------------------------------------------
-# out

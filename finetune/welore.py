@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from configurator import between, configure
 from finetune import hf
-from finetune.hf_config import read_json, settings
+from finetune.fields import read_json
+from finetune.hf_config import settings
 from model import LLaMA, LLaMAConfig, QLinear
 from run.device import pick_device
 
@@ -96,7 +97,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
     files = hf.tensor_files(path)
     shapes = {}
     matrices = {}
-    for name, (module, kind) in hf.hf_names(empty).items():
+    for name, (module, kind) in hf.hf_names(empty, files).items():
         if name not in files:
             raise ValueError(f"{path}: there is no tensor {name}, in floats")
         shapes[name] = getattr(module, kind).shape
@@ -123,6 +124,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
                 yield name.removesuffix("weight") + part, t.to(w.dtype)
 
     config = read_json(path, "config.json")
+    config["tie_word_embeddings"] = found["tie_embedding"]
     config["low_rank"] = " ".join(f"{matrices[name]}={k}" for name, k in low.items())
     hf.write(out, config, tensors(), path)
     return low, *_shares(low, values, {name: shapes[name] for name in matrices})
