@@ -3,11 +3,8 @@ Hugging Face checkpoints on their way in, tensor by tensor, straight into INT8: 
 one matrix exist in float. hf.py has the way out, and the command.
 """
 
-import os
-import re
 from functools import partial
 
-import huggingface_hub
 import torch
 import torch.nn as nn
 
@@ -15,15 +12,11 @@ from finetune.adapters import LowRank, put_low_rank
 from finetune.fields import read_json
 from finetune.hf_config import settings
 from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
+from finetune.paths import local
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, QMatrix, RMSNorm
 from quant import dequantize_int8
-from run.text import first_line
 
 INT8_NAMES = ("q", "scale", "zero")  # what is stored of an INT8 matrix
-
-# what is downloaded of a hub repository, and what is not
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*"]  # and, if asked for, the weights
-SECOND_COPIES = ["consolidated*", "original/*"]  # Mistral's and Meta's, of their weights
 
 # the parts of our modules' names that Hugging Face calls otherwise
 NAMES = {
@@ -93,31 +86,6 @@ def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256
     put_low_rank(model, config.low_rank, dtype, "meta")
     load_weights(model, path, device, dtype)
     return model
-
-
-def local(path, weights=True):
-    """The directory of a checkpoint: `path` itself, or what a hub repository is downloaded to.
-
-    path: a directory, or "owner/name". weights: False downloads all but them. Raises ValueError,
-    in one line, if there is no such thing."""
-    if os.path.isdir(path):
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError(
-            f"{path!r} is neither a directory nor the name of a Hugging Face repository, "
-            "like owner/name"
-        )
-    wanted = list(SMALL_FILES)
-    if weights:
-        wanted.append("*.safetensors")
-    try:
-        return huggingface_hub.snapshot_download(
-            path, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
-        )
-    except Exception as e:  # its own, its HTTP client's, the file system's
-        raise ValueError(
-            f"{path} is no directory, and as a repository was not fetched: {first_line(e)}"
-        )
 
 
 @torch.no_grad()
