@@ -25,6 +25,7 @@ bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example sta
 
 import collections
 import os
+import re
 
 import numpy as np
 
@@ -42,6 +43,21 @@ STARTS = 2
 
 # tokens, flags: np.memmap (count,), flags None for plain text; the others as in the header
 Shard = collections.namedtuple("Shard", "tokens n_vocab flags row fingerprint")
+
+
+def part_of(name):
+    """The part that a file's name tells, "train" or "val", or None where it is no shard.
+
+    The last of the two words counts: x_val_train_00000.bin is for training. Without a number the
+    names are llm.c's, tiny_shakespeare_train.bin."""
+    match = re.fullmatch(r"(?s)(?!\.).*_(train|val)(_.*)?\.bin", name)
+    return match and match[1]
+
+
+def shard_paths(folder, part):
+    """The shards of a part, "train" or "val", of a folder, sorted."""
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(os.path.join(folder, name) for name in found if part_of(name) == part)
 
 
 def open_shard(path):

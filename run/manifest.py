@@ -1,0 +1,207 @@
+"""
+shards.json, beside the shards of a folder: of what each of them was made, and how.
+
+    {"format": 1,
+     "shards": {"x_train_00000.bin": {
+        "sources": [{"path": "/texts/x.txt", "size": 19, "blake2b": "..."}],
+        "tokenizer": {"name": "gpt2", "n_vocab": 50257, "fingerprint": 1352840262},
+        "settings": {"maker": "prepare_c4", "val_fraction": 0.05},
+        "finished": true}}}
+
+What makes shards looks here before it keeps one. What does not match is made again, or refused:
+no folder holds a text twice, or tokens of two kinds. Training needs no such file, as llm.c's
+shards have none.
+
+An entry is first written unfinished, then its shards take their names, then it is finished. So
+a stop at any moment leaves shards that are known to be whole, or known to be made again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+
+from run.encodings import fingerprint
+from run.files import check_file, fcntl, parse_json, replacing
+from run.shards import part_of
+
+NAME = "shards.json"
+FORMAT = 1  # raised when what an entry holds changes
+PARTS = {"sources": list, "tokenizer": dict, "settings": dict, "finished": bool}  # of an entry
+
+
+class Manifest:
+    """The entries of one folder's shards.json; none where there is no such file.
+
+    Made by Manifest.read(folder). All its methods take names of shards without their folder."""
+
+    def __init__(self, folder, entries):
+        self.folder = folder
+        self._entries = entries  # {name: its facts, and whether it is "finished"}
+
+    @classmethod
+    def read(cls, folder):
+        """The Manifest of a folder. Exits with one line if its file is damaged."""
+        path = os.path.join(folder, NAME)
+        if not os.path.lexists(path):
+            return cls(folder, {})
+        try:
+            check_file(path)
+            with open(path, "rb") as f:
+                entries = _entries(f.read())
+        except OSError as e:
+            raise SystemExit(f"error: {path}: {e.strerror}")
+        except ValueError as e:
+            raise SystemExit(
+                f"error: {path}: {e}, so that nothing says of what the shards beside it were "
+                "made; delete it with them, or set another --out_dir"
+            )
+        return cls(folder, entries)
+
+    def names(self):
+        """The shards that have an entry."""
+        return list(self._entries)
+
+    def entry(self, name):
+        """What a shard was made of and how, as facts() gives it, or None if nothing says."""
+        return self._entries.get(name)
+
+    def is_finished(self, name):
+        """Whether a shard took its name after all that its entry says was done."""
+        return name in self._entries and self._entries[name]["finished"]
+
+    def begin(self, names, facts):
+        """Note that shards are about to take these names: until finish(), they are not whole."""
+        for name in names:
+            self._entries[name] = facts | {"finished": False}
+        self._write()
+
+    def finish(self, names):
+        """Note that they have their names."""
+        for name in names:
+            self._entries[name] = self._entries[name] | {"finished": True}
+        self._write()
+
+    def forget(self, names):
+        """Drop the entries of shards that are no more."""
+        for name in names:
+            self._entries.pop(name, None)
+        self._write()
+
+    def strangers(self, names):
+        """The shards in the folder that train.py would read beside `names`, sorted."""
+        found = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted(name for name in found if part_of(name) and name not in names)
+
+    def source_of(self, name):
+        """Of what a shard was made, as a part of a sentence."""
+        entry = self.entry(name)
+        if entry is None:
+            return f"something that {NAME} does not tell"
+        paths = [source["path"] for source in entry["sources"]]
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        return f"{paths[0]}{more}" if paths else "nothing"
+
+    def _write(self):
+        """Raises OSError, with a file's name in it."""
+        content = {"format": FORMAT, "shards": dict(sorted(self._entries.items()))}
+        with replacing(os.path.join(self.folder, NAME)) as f:
+            f.write(json.dumps(content, indent=1).encode())
+
+
+def _entries(content):
+    """The entries in a shards.json's bytes. Raises ValueError with what is wrong."""
+    try:
+        manifest = parse_json(content)
+    except ValueError:
+        raise ValueError("damaged: it is not JSON")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), dict):
+        raise ValueError('damaged: it has no "shards"')
+    if manifest.get("format") != FORMAT:
+        made = manifest.get("format")
+        raise ValueError(f"of another version: format {made!r}, not {FORMAT}")
+    for name, entry in manifest["shards"].items():
+        whole = isinstance(entry, dict)
+        whole = whole and all(isinstance(entry.get(part), kind) for part, kind in PARTS.items())
+        if not whole or not all(_is_source(source) for source in entry["sources"]):
+            raise ValueError(f"damaged: the entry of {name} is not whole")
+    return manifest["shards"]
+
+
+def _is_source(source):
+    return isinstance(source, dict) and isinstance(source.get("path"), str)
+
+
+# -----------------------------------------------------------------------------
+# facts
+
+
+def facts(sources, encoding, enc, **settings):
+    """What a manifest says of shards.
+
+    sources: what source() gives, of each. encoding, enc: the tokenizer's name and itself.
+    settings: all that changes what is in the shards, the "maker" with it; of JSON's kinds."""
+    tokenizer = {"name": encoding, "n_vocab": enc.n_vocab, "fingerprint": fingerprint(enc)}
+    return {"sources": sources, "tokenizer": tokenizer, "settings": settings}
+
+
+def source(path):
+    """What tells a file and its contents: path, size and hash. Raises OSError."""
+    check_file(path)
+    size = 0
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"path": os.path.abspath(path), "size": size, "blake2b": digest.hexdigest()}
+
+
+def contents(sources):
+    """The sources without their paths: a file may be moved. Equal contents are one text."""
+    return [{key: s[key] for key in s if key != "path"} for s in sources]
+
+
+def difference(entry, facts):
+    """What an entry has otherwise than wanted, "val_fraction=0.05, not 0.1"; "" if nothing.
+
+    Paths do not count, and neither do the names of tokenizers: contents and fingerprints do."""
+    tokenizer = entry["tokenizer"]
+    wanted = facts["tokenizer"]
+    for key in ("n_vocab", "fingerprint"):
+        if tokenizer.get(key) != wanted[key]:
+            return f"encoding={tokenizer.get('name')}, not {wanted['name']}"
+    for key in sorted({*entry["settings"], *facts["settings"]}):
+        before = entry["settings"].get(key)
+        now = facts["settings"].get(key)
+        if before != now:
+            return f"{key}={before}, not {now}"
+    if contents(entry["sources"]) != contents(facts["sources"]):
+        return "other contents of its source"
+    return ""
+
+
+# -----------------------------------------------------------------------------
+# one at a time
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Makes the folder, and holds it for this process while the block runs.
+
+    Exits with one line if another process makes shards there. Raises OSError."""
+    os.makedirs(folder, exist_ok=True)
+    if fcntl is None:  # Windows: nothing is locked
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"error: {folder}: another process makes shards there; wait for it")
+        except OSError:  # a file system that locks no folders, as NFS
+            pass
+        yield
+    finally:
+        os.close(held)
