@@ -252,7 +252,7 @@ class LLaMAConfig:
     norm_eps: float = 1e-6
     tie_embedding: bool = False
     head_dim: int = 0  # 0: n_embd / n_head
-    activation: str = "silu"  # or "gelu"
+    activation: str = "silu"  # or "gelu", by tanh, or "gelu_erf"
     qkv_bias: bool = False
     embed_scale: float = 1.0  # of the embedding's output
     attn_scale: float = 0.0  # of q k^T; 0: head_dim^-1/2

@@ -52,16 +52,6 @@ LLAMA3_SPECIAL = {
     10: "python_tag",
 }
 
-# what is fetched from the hub
-FILES = [
-    "tokenizer*.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-]
-
-
 def get_tokenizer(name):
     """The tokenizer at a path or in a hub repository: a Tokenizer, or a tiktoken.Encoding.
 
