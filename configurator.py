@@ -28,6 +28,11 @@ from types import SimpleNamespace
 from run.show import protect_output
 
 
+# the script whose settings config files assign: others that read one know its defaults, too
+RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
 class Settings(SimpleNamespace):
     """Settings by name. `given` {name: where} holds those that the user set, and in what."""
 
@@ -95,17 +100,19 @@ def configure(*modules, argv=None, ignore_unknown=False):
     # flags first: config files see their values
     flags = {}  # {name: value}
     given = {}  # {name: where}
-    for arg in argv:
+    for place, arg in enumerate(argv):
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
             if not equals:
-                raise SystemExit(f"error: {arg}: write it as --key=value")
+                value = "".join(argv[place + 1 : place + 2]) or "value"
+                raise SystemExit(f"error: {arg}: write it as {arg}={value}")
             _check_name(name, declared, arg)
             flags[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
             given[name] = arg
 
     # then config files, in their order
-    names = _Names(defaults | flags, pinned=flags)
+    recipe = literal_settings(RECIPES) if ignore_unknown else {}
+    names = _Names(recipe | defaults | flags, pinned=flags)
     for path in argv:
         if not path.startswith("--"):
             _read(path, names)
@@ -157,6 +164,14 @@ def declarations(module):
             section=section,
         )
     return found
+
+
+def literal_settings(path):
+    """{name: value} of the numbers, truth values and texts that a script assigns at its top."""
+    with open(path, encoding="utf-8") as f:
+        body = ast.parse(f.read()).body
+    return {_assigned_name(node): ast.literal_eval(node.value) for node in body
+            if _assigned_name(node) and isinstance(node.value, ast.Constant)}
 
 
 def _assigned_name(node):
@@ -225,8 +240,11 @@ def _read(path, names):
     try:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
+    except IsADirectoryError:
+        raise SystemExit(f"error: config file {path}: is a folder; name a file in it")
     except OSError as e:
-        raise SystemExit(f"error: config file {path}: {e.strerror}")
+        flag = f"; a setting is written as --{path.lstrip('-')}" if "=" in path else ""
+        raise SystemExit(f"error: config file {path}: {e.strerror}{flag}")
     except SyntaxError as e:
         raise SystemExit(f"error: config file {path}, line {e.lineno}: {e.msg}")
     except UnicodeDecodeError as e:
@@ -264,6 +282,6 @@ def _typed(name, value, default, where):
     # bool is no int here, and neither nan nor inf is of any use
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise SystemExit(
-            f"error: {where}: {name} must be {kind.__name__}, like {default!r}; found {value!r}"
+            f"error: {where}: {name} must be {KINDS[kind]}, like {default!r}; found {value!r}"
         )
     return value

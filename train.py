@@ -88,6 +88,7 @@ min_lr = -1.0  # negative = a tenth of learning_rate
 # system
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
 dtype: one_of("auto", "bfloat16", "float32") = "auto"  # bfloat16 where the GPU has it, else float32
+threads: at_least(0) = 0  # of the CPU; 0: OMP_NUM_THREADS, or by the model's size
 seed = 1337
 rank_timeout: above(0) = 600.0  # seconds that ranks wait for each other, and for a checkpoint
 # -----------------------------------------------------------------------------
@@ -103,14 +104,14 @@ import torch
 from methods.registry import find
 from run.checkpoint import save_checkpoint, starting_model, whole_state
 from run.data import make_data, open_windows, shares_of
-from run.device import choose_floats, flops_per_token
+from run.device import choose_floats, choose_threads, flops_per_token
 from run.finite import check_finite
 from run.folder import Folder
 from run.log import Clock, Log, begin, end
 from run.memory import fits
 from run.ranks import Ranks
 from run.resume import agree, checkpoint_to_resume, follow, restore, shards_of
-from run.show import Progress, say
+from run.show import Progress, first_rank, say
 from run.stop import Stop
 
 
@@ -146,7 +147,7 @@ def start(s, folder, began):
     if s.eval_only:
         loss = run.evaluate()
         check_finite(run, loss)
-        run.tell(f"--- {s.init_from}: val loss {loss:.4f}")
+        say(f"--- {s.init_from}: val loss {loss:.4f}")
         return ranks.leave()
 
     windows = {"training windows": train_data.total, "validation windows": val_data.total}
@@ -172,16 +173,19 @@ def settle(s, folder):
     """Let a checkpoint, a starting model and the method say what is theirs of the settings: returns
     (Method, the run's checkpoint or None, what fills the model or None, dtypes of weights and of
     computation)."""
-    if not s.eval_only and not s.dry_run:
+    if not s.eval_only and not s.dry_run and first_rank():
         folder.hold()
     checkpoint = checkpoint_to_resume(s)
     if checkpoint is not None:
-        follow(s, checkpoint["config"])
+        follow(s, checkpoint)
     method = find(s.method)
     fill = starting_model(s, checkpoint)
     method.settle(s)
     method.check_model(s)
     dtypes = choose_floats(s)
+    if s.device == "cpu" and not s.dry_run:
+        say(choose_threads(s, s.batch_size * s.block_size, s.threads))
+        s.threads = torch.get_num_threads()
     if checkpoint is not None:
         agree(s, checkpoint)
     return method, checkpoint, fill, *dtypes
@@ -221,10 +225,6 @@ class Run:
         self.saved = "there is no checkpoint"
         self.val_loss = self.folder = self.log = self.stop = None
 
-    def tell(self, text):
-        if self.ranks.rank == 0:
-            say(text)
-
     def loop(self):
         """Train to the end; False if the run was stopped before."""
         s = self.s
@@ -240,7 +240,7 @@ class Run:
                 tokens = self.it * self.clock.tokens_per_step
                 self.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens})
                 check_finite(self, self.val_loss)
-                self.tell(f"step {self.it}: val loss {self.val_loss:.4f}")
+                say(f"step {self.it}: val loss {self.val_loss:.4f}")
                 if self.it > start:
                     self.save()
                 self.clock.start(self.it)

@@ -208,6 +208,10 @@ def load_model(path, device, dtype=None, weight_bits=8):
     bfloat16 on a GPU and float32 on a CPU for Hugging Face's. Raises ValueError, or exits with one
     line, if it cannot be read."""
     native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # slow on CPUs
+    if not os.path.exists(path) and "/" not in path:
+        raise ValueError(
+            f"there is no folder {path}: name a run's, a Hugging Face directory, or owner/name"
+        )
     # a run's folder has a config.json, too, but also checkpoints or a log
     ours = checkpoint_paths(path) or os.path.exists(os.path.join(path, "log.jsonl"))
     theirs = os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)

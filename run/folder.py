@@ -56,6 +56,8 @@ class Folder:
         """Lock the folder, if it exists, and put in order what a killed process left there.
 
         Exits with one line if another process trains there."""
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise SystemExit(f"error: out_dir {self.path}: is a file; name a folder")
         if self.lock is not None or not os.path.isdir(self.path):
             return
         name = os.path.join(self.path, LOCK)

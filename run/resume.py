@@ -15,8 +15,9 @@ import os
 
 from methods.registry import find
 from run.checkpoint import checkpoint_paths, load_checkpoint, restoring
+from run.show import say
 
-OF_START = ("out_dir", "init_from", "eval_only", "dry_run", "max_minutes", "device", "threads",
+OF_START = ("out_dir", "init_from", "eval_only", "dry_run", "max_minutes", "device",
             "rank_timeout", "sample_tokens", "data_input", "keep_checkpoints", "wandb_log",
             "tensorboard_log", "project")
 MUST_AGREE = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size",
@@ -36,37 +37,47 @@ def checkpoint_to_resume(s):
     return load_checkpoint(s.out_dir) if s.init_from == "resume" else None
 
 
-def follow(s, config):
-    """Put into s what a checkpoint's `config` says of settings that the user did not give."""
+def follow(s, checkpoint):
+    """Put into s what a checkpoint says of settings that the user did not give."""
+    config = checkpoint["config"]
     followed = []
     for name, now in s.as_dict().items():
         before = config.get(name, now)  # a setting may be newer than the checkpoint
-        if name in OF_START or name in s.given or before == now:
-            continue
+        if name in OF_START or name in s.given or before == now or name == "threads":
+            continue  # threads: of this machine
         if type(before) is not type(now):
-            raise SystemExit(f"error: the checkpoint's {name} is {before!r}, not like {now!r}")
+            raise SystemExit(
+                f"error: {checkpoint['path']}: its {name} is {before!r}, nothing like {now!r}"
+            )
         setattr(s, name, before)
         if now not in ("", "auto", 0):  # which stand for what the run then takes
             followed.append(f"{name} = {before}")
     if followed:
-        print(f"note: as in the checkpoint: {', '.join(followed)}")
+        say(f"note: as in the checkpoint: {', '.join(followed)}")
+    refuse_other(s, checkpoint, ["method"])  # which settles the others
 
 
 def agree(s, checkpoint):
     """Say which settings change. Exits with one line if one differs that must agree.
 
     s: settled settings."""
-    config = checkpoint["config"]
+    refuse_other(s, checkpoint, [*MUST_AGREE, *find(s.method).in_weights])
     for name, now in s.as_dict().items():
-        before = config.get(name, now)
-        if before == now or name in OF_START:
-            continue
-        if name in MUST_AGREE or name in find(s.method).in_weights:
+        before = checkpoint["config"].get(name, now)
+        if before != now and name not in OF_START:
+            say(f"note: {name} = {now!r}; the checkpoint was trained with {before!r}")
+
+
+def refuse_other(s, checkpoint, names):
+    """Exit with one line if a setting of `names` is not the checkpoint's."""
+    for name in names:
+        now = getattr(s, name)
+        before = checkpoint["config"].get(name, now)
+        if before != now:
             raise SystemExit(
                 f"error: {checkpoint['path']} was trained with {name} = {before!r}, this run has "
                 f"{now!r}: leave it out to go on, or train from scratch in another out_dir"
             )
-        print(f"note: {name} = {now!r}; the checkpoint was trained with {before!r}")
 
 
 def restore(run, checkpoint):
@@ -81,12 +92,12 @@ def restore(run, checkpoint):
             group.update({name: now[name] for name in IN_GROUPS if name in now})
     run.it = checkpoint["iter"]
     run.saved = f"{path} has step {run.it}"
-    run.tell(f"{path}: goes on at step {run.it:,} of {run.s.max_iters:,}")
+    say(f"{path}: goes on at step {run.it:,} of {run.s.max_iters:,}")
     # the place in the data is a number of windows, of these shards
     run.train_data.position = checkpoint["position"]
     if checkpoint.get("shards", shards_of(run.train_data)) != shards_of(run.train_data):
         run.train_data.position = 0
-        run.tell(f"note: {run.s.data_dir} holds other shards than those that the checkpoint's run "
+        say(f"note: {run.s.data_dir} holds other shards than those that the checkpoint's run "
                  "read: reading begins anew")
 
 

@@ -115,6 +115,12 @@ class Progress:
         self.close()
 
 
+def first_rank():
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text):
-    """Print a line, above a bar where there is one."""
-    tqdm.write(text)
+    """Print a line, above a bar where there is one; the first of several processes does."""
+    if first_rank():
+        tqdm.write(text)

@@ -26,7 +26,7 @@ from methods import registry
 from methods.registry import METHODS, find
 from model import LLaMA, QLinear
 from run import folder as run_folder
-from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, save_checkpoint
+from run.checkpoint import Damaged, load_checkpoint, read_checkpoint
 from run.device import choose_threads
 from run.finite import first_not_finite
 from run.folder import Folder
