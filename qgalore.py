@@ -548,7 +548,8 @@ class QGaLore(torch.optim.Optimizer):
         refreshes = sum(w.projection.refreshes for w in self.weights)
         skipped = int(self.skipped.item())
         self.skipped.zero_()  # counts from here
-        return {"grad_norm": self.norms.norm().item(), "skipped": skipped, "refreshes": refreshes}
+        grad_norm = self.norms.norm(dtype=torch.float64).item()  # squares may overflow float32
+        return {"grad_norm": grad_norm, "skipped": skipped, "refreshes": refreshes}
 
     def pop_refreshes(self):
         """{weight: [(step, similarity that its refresh found, steps to the next)]}: new ones."""

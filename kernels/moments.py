@@ -76,7 +76,7 @@ class Moments:
         self.col.lerp_(col / len(g), 1 - betas[1])
         # the second moment's root is row_i col_j
         mean = self.row.mean() * (1 - betas[1] ** self.age)
-        row = (self.row / mean.clamp_(min=1e-30)).sqrt_()
+        row = (self.row / mean.clamp_(min=1e-37)).sqrt_()
         codes = (self.m, self.m_scale, self.m_zero)
         correction = 1 - betas[0] ** self.age
         adam_int8_(*codes, g, row, self.col.sqrt(), betas[0], correction, eps, key)
