@@ -13,8 +13,6 @@ from quant import (CHUNK, GROUP_SIZE, adam_int8_, add_bfloat16_, add_low_rank_in
                    chunks, dequantize_int8, quantize_int8)
 
 MIN_8BIT = 4096  # smaller tensors keep float32 moments, as in bitsandbytes
-MOMENTS = ("factored", "8bit", "float32")
-ACCUMULATION = ("int8", "bfloat16", "float32")
 
 
 class Moments:
