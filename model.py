@@ -22,10 +22,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Rotate, all_documents, attend, attention_mask, last, rope
-from kernels.lean import GLU, Checkpoint, compile_modules, head_logits, head_loss, rms_norm
+from kernels.lean import GLU, Checkpoint, RMSNorm, compile_modules, head_logits, head_loss
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
                    quantize_int8, quantize_nf4)
+from run.ranges import OF_MODEL, check_values
 
 INIT_STD = 0.02
 
@@ -130,6 +131,8 @@ class QLinear(QMatrix):
         self.adapter = None
         self.trains = True
         self.hook = None
+        self.task = None  # the number of the backward that calls the hook; -1: see backward
+        self.anchor = torch.empty(0, requires_grad=True)  # a leaf: only a whole backward goes there
         self.uses = weakref.WeakSet()  # a forward whose result is thrown away leaves by itself
 
     def __getstate__(self):
@@ -162,9 +165,8 @@ class QLinear(QMatrix):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # else a model's first layer has no backward, no hook
-        y = _QLinearFunction.apply(x, self)
+        # by its anchor a model's first layer has a backward, too
+        y = _QLinearFunction.apply(x, self.anchor if torch.is_grad_enabled() else None, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if self.adapter is None else y + self.adapter(x)
@@ -172,11 +174,12 @@ class QLinear(QMatrix):
 
 class _QLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx, x, anchor, layer):
         ctx.layer = layer
-        if layer.hook is not None and ctx.needs_input_grad[0]:
+        if layer.hook is not None and anchor is not None:
             ctx.save_for_backward(x)
             layer.uses.add(ctx)
+            ctx.within = torch._C._current_graph_task_id()  # a checkpoint's backward, or -1: none
         if layer.matmul == "int8":
             y = matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero)
             return y.unflatten(0, x.shape[:-1])
@@ -186,15 +189,22 @@ class _QLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         layer = ctx.layer
         saved = ctx.saved_tensors
-        if layer.matmul == "int8":
+        dx = None
+        if not ctx.needs_input_grad[0]:
+            pass  # the model's input
+        elif layer.matmul == "int8":
             dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero)
             dx = dx.unflatten(0, dy.shape[:-1])
         else:
             dx = dy @ layer.base_weight(dy.dtype)
         if saved:  # after dx, because the hook steps the weight
-            layer.uses.discard(ctx)
+            layer.task = -1  # torch.autograd.grad() asks for gradients of other things alone
+            if torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+                layer.uses.discard(ctx)
+                task = torch._C._current_graph_task_id()
+                layer.task = task if ctx.within == -1 else ctx.within
             layer.hook(layer, saved[0].flatten(0, -2), dy.flatten(0, -2))
-        return dx, None
+        return dx, None, None
 
 
 def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
@@ -216,22 +226,6 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
         layer.trains = old.weight.requires_grad  # frozen stays frozen
         model.set_submodule(name, layer)
     return names
-
-
-# -----------------------------------------------------------------------------
-# what lies between the matrices
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
-
-    def __init__(self, dim, eps, device=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
 
 
 # -----------------------------------------------------------------------------
@@ -267,6 +261,7 @@ class LLaMAConfig:
     checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
 
     def __post_init__(self):
+        check_values(OF_MODEL, vars(self))
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head == 0:
             self.head_dim = self.n_embd // self.n_head

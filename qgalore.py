@@ -28,17 +28,17 @@ from collections import deque
 import torch
 from torch.utils._pytree import tree_map_only
 
-from kernels.moments import ACCUMULATION, MOMENTS, Moments, Sum
+from kernels.moments import Moments, Sum
 from kernels.subspace import (Arriving, frobenius, random_matrix, range_finder, similarity,
                               singular_vectors)
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
+from run.ranges import OF_OPTIMIZER, check_values
 from run.ranks import Ranks
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good
 SKETCH = 4  # a refresh's sketch has SKETCH * rank columns
-SIDES = ("auto", "left", "right")
 
 
 class Projection:
@@ -252,14 +252,23 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
+        self.task = None  # the backward in which it last moved
         layer.hook = self.look
 
     @torch.no_grad()
     def look(self, layer, x, dy):
         """The layer's hook: x (T, in) and dy (T, out) of one use of it, in one backward."""
+        if layer.task == -1:  # torch.autograd.grad() trains nothing
+            return
         o = self.optimizer
         o.accumulated |= o.accumulating
         first = self.ended  # of these parts
+        if first and layer.task is not None and layer.task == self.task:
+            raise RuntimeError(
+                f"{self.name} has moved, and more of its gradient comes in the same backward, by a "
+                "checkpoint with use_reentrant=True or retain_graph: use False, or set "
+                "accumulating = True and call step() after backward"
+            )
         if first:  # a step that begins without a basis moves nothing
             self.moves = self.projection.basis is not None
         more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
@@ -275,6 +284,7 @@ class ProjectedWeight(Trained):
             left, right = self.projection.sketch(x, dy, key)
             self.gather("sketch", left, right, more and not alone)
         self.ended = not more
+        self.task = None if more else layer.task
 
     def gather(self, what, left, right, more):
         """Sum left^T right, left (T, rows), right (T, cols), over a step's parts and ranks."""
@@ -470,11 +480,7 @@ class QGaLore(torch.optim.Optimizer):
                  gap=200, scale=0.25, threshold=0.4, k=5, proj_bits=4, moments="factored",
                  stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0,
                  ranks=None, side="auto", gap_growth=0.0, weight=ProjectedWeight):
-        for name, value, choices in (("proj_bits", proj_bits, (4, 8, 16)), ("side", side, SIDES),
-                                     ("moments", moments, MOMENTS),
-                                     ("accumulation", accumulation, ACCUMULATION)):
-            if value not in choices:
-                raise ValueError(f"{name} is one of {choices}, not {value!r}")
+        check_values(OF_OPTIMIZER, locals() | {"beta1": betas[0], "beta2": betas[1]})
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
         layers = {name: layer for name, layer in linears.items() if layer.trains}
@@ -548,7 +554,8 @@ class QGaLore(torch.optim.Optimizer):
         refreshes = sum(w.projection.refreshes for w in self.weights)
         skipped = int(self.skipped.item())
         self.skipped.zero_()  # counts from here
-        return {"grad_norm": self.norms.norm().item(), "skipped": skipped, "refreshes": refreshes}
+        grad_norm = self.norms.norm(dtype=torch.float64).item()  # squares may overflow float32
+        return {"grad_norm": grad_norm, "skipped": skipped, "refreshes": refreshes}
 
     def pop_refreshes(self):
         """{weight: [(step, similarity that its refresh found, steps to the next)]}: new ones."""

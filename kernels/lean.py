@@ -204,6 +204,18 @@ class Checkpoint(torch.autograd.Function):
         return x.grad, *[None] * (2 + len(ctx.args))
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
+
+    def __init__(self, dim, eps, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
 class GLU(nn.Module):
     """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; Gemma's with "gelu", by tanh, and
     with "gelu_erf", exactly."""

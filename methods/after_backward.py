@@ -4,9 +4,8 @@ torch's AdamW, for methods whose weights step after backward: QGaLore's counterp
 
 import torch
 
+from kernels.subspace import frobenius
 from run.ranks import Ranks
-
-MOST = torch.finfo(torch.float32).max
 
 
 class AdamW(torch.optim.AdamW):
@@ -30,23 +29,26 @@ class AdamW(torch.optim.AdamW):
         self.ranks = ranks or Ranks()  # without arguments: this process alone
         device = self.trained[0].device
         # on the device: a step waits for nothing
-        self.norm = torch.zeros((), device=device)
+        self.norms = torch.zeros(len(self.trained), device=device)  # of the last step's gradients
         self.skipped = torch.zeros((), device=device)
 
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        for gradient in gradients:
+        with_gradient = [(i, p.grad) for i, p in enumerate(self.trained) if p.grad is not None]
+        for _, gradient in with_gradient:
             self.ranks.sum_(gradient, lambda gradient: None)
         self.ranks.land()
-        for gradient in gradients:
-            finite = torch.linalg.vector_norm(gradient, dtype=torch.float32).isfinite()
+        self.norms.zero_()
+        for i, gradient in with_gradient:
+            norm = frobenius(gradient)
+            finite = norm.isfinite()
             self.skipped += ~finite
+            self.norms[i] = norm.where(finite, 0)
             gradient.masked_fill_(~finite, 0)  # moments decay, and nothing is lost
-        # a limit that is finite: inf over a norm of inf would be NaN
-        self.norm = torch.nn.utils.clip_grad_norm_(self.trained, self.grad_clip or MOST)
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.grad_clip)
         super().step()
         return loss
 
@@ -55,7 +57,7 @@ class AdamW(torch.optim.AdamW):
         last call}. Waits for the device."""
         skipped = int(self.skipped.item())
         self.skipped.zero_()  # counts from here
-        return {"grad_norm": self.norm.item(), "skipped": skipped}
+        return {"grad_norm": self.norms.norm(dtype=torch.float64).item(), "skipped": skipped}
 
     def pop_refreshes(self):
         """None: see QGaLore."""

@@ -113,7 +113,7 @@ def test_train_has_settings_and_no_constants():
     names = declarations(train)
     assert {"out_dir", "learning_rate", "seed", "rank_timeout", "proj_side"} <= names.keys()
     assert all(setting.section for setting in names.values())
-    for constant in ("GIB", "IN_FLIGHT", "MOMENTS", "SIDES", "ACCUMULATION", "os", "torch"):
+    for constant in ("GIB", "IN_FLIGHT", "FORMAT", "SKETCH", "os", "torch"):
         assert constant not in names
         assert "no setting" in refusal(train, f"--{constant}=5")
 

@@ -22,15 +22,22 @@ import torch
 
 import train
 from configurator import configure
+from kernels.moments import Moments
+from kernels.subspace import frobenius, range_finder, similarity, singular_vectors
 from methods import registry
+from methods.fira import limit_growth_
+from methods.muon import Momentum, orthogonal_
+from methods.natural_galore import NaturalGaLore
 from methods.registry import METHODS, find
 from model import LLaMA, QLinear
+from qgalore import QGaLore
+from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from run import folder as run_folder
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint
 from run.device import choose_threads
 from run.finite import first_not_finite
 from run.folder import Folder
-from run.limits import free_memory, usable_cores
+from run.machine import free_memory, usable_cores
 from run.ranks import Ranks
 from run.show import Shown
 from run.stop import SIGNALS, Stop
@@ -568,6 +575,120 @@ def test_a_run_logs_what_it_skipped(shards, tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # arithmetic
+
+
+def adam_in_float64(gradients, kind, betas, eps):
+    """Adam's directions for these gradients; with "factored" the second moment is rank one."""
+    m = v = row = col = 0
+    for age, g in enumerate(gradients, start=1):
+        g = g.double()
+        m = m * betas[0] + g * (1 - betas[0])
+        v = v * betas[1] + g.square() * (1 - betas[1])
+        row = row * betas[1] + g.square().mean(dim=1) * (1 - betas[1])
+        col = col * betas[1] + g.square().mean(dim=0) * (1 - betas[1])
+        second = torch.outer(row, col) / row.mean() if kind == "factored" else v
+        yield m / (1 - betas[0] ** age) / ((second / (1 - betas[1] ** age)).sqrt() + eps)
+
+
+def off(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+NORMS = [1e-6, 1e-3, 1.0, 1e3, 1e6]  # of a gradient
+
+
+def some_gradients(norm, n=6, shape=(64, 256)):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(n):
+        rows = torch.rand(shape[0], 1, generator=generator)
+        g = torch.randn(shape, generator=generator) * rows
+        yield g * (norm / g.norm())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind, most", [("factored", 0.04), ("8bit", 0.04), ("float32", 3e-7)])
+def test_adam_is_float64s_at_any_norm(kind, most, norm):
+    gradients = list(some_gradients(norm))
+    moments = Moments(gradients[0].shape, kind)
+    for g, exact in zip(gradients, adam_in_float64(gradients, kind, (0.9, 0.999), 1e-8)):
+        moments.step_(g, (0.9, 0.999), 1e-8, key=1)
+        assert off(g, exact) < most
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_muons_and_firas_rules_are_float64s_at_any_norm(norm):
+    state = {}
+    in_float64 = {}
+    momentum = Momentum((64, 256), "factored")
+    m = 0
+    for factor, g in zip((1, 3, 0.5, 9, 1, 1), some_gradients(norm)):
+        g *= factor
+        exact = g.double()
+        assert off(orthogonal_(g.clone(), g.dtype), orthogonal_(exact.clone(), exact.dtype)) < 3e-6
+        grown = limit_growth_(in_float64, exact.clone())
+        assert off(limit_growth_(state, g.clone()), grown) < 3e-6
+        assert off(frobenius(g), exact.norm()) < 3e-6
+        m = 0.9 * m + 0.1 * exact
+        momentum.step_(g, (0.9, 0.999), 0, key=1)
+        assert off(g, m) < 0.04
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bases_and_codes_are_float64s_at_any_norm(norm):
+    generator = torch.Generator().manual_seed(0)
+    strength = torch.logspace(0, -3, 48)  # of the directions
+    sketch = torch.randn(48, 48, generator=generator).mul_(strength)
+    sketch = sketch @ torch.randn(48, 32, generator=generator)
+    sketch *= norm / sketch.norm()
+    for find_basis in (partial(range_finder, rank=8), partial(singular_vectors, rank=8, right=False)):
+        exact = find_basis(sketch.double())
+        overlap = exact.T @ find_basis(sketch).double()
+        assert similarity(overlap, 48).item() == pytest.approx(1, abs=1e-5)
+    for quantize, dequantize, step in ((quantize_int8, dequantize_int8, 1 / 255),
+                                       (quantize_int4, dequantize_int4, 1 / 15)):
+        rows = sketch.amax(dim=1, keepdim=True) - sketch.amin(dim=1, keepdim=True)
+        error = (dequantize(*quantize(sketch)) - sketch).abs() / rows
+        assert error.max() < 0.501 * step
+
+
+@pytest.mark.parametrize("norm", [1e-20, *NORMS, 1e15])
+@pytest.mark.parametrize("alike", [1.0, 0.02, 0.0])
+def test_natural_galore_is_float64s_at_any_norm(norm, alike):
+    """alike: how far each gradient is from the first, as a part of it; 0: equal gradients."""
+    torch.manual_seed(0)
+    layer = QLinear(16, 24, bits=16)
+    weight = QGaLore(layer, rank=8, weight=NaturalGaLore, proj_bits=16).weights[0]
+    weight.projection.basis = weight.empty_basis()
+    seen = []
+    weight.adam_ = seen.append  # what would go on to Adam
+    first = torch.randn(8, 24)
+    history = []
+    for _ in range(22):
+        g = first + alike * torch.randn(8, 24)
+        g *= norm / g.norm()
+        weight.direction(g.clone())
+        history = [*history, g.bfloat16().double().flatten()][-20:]
+        h = torch.stack(history)
+        if alike:  # H^T (H H^T + lambda)^-1 e, by singular values
+            u, s, vh = torch.linalg.svd(h, full_matrices=False)
+            exact = vh.T @ (s / (s * s + 1e-3) * u[-1])
+        else:
+            exact = h[-1] / (len(h) * h[-1].square().sum() + 1e-3)
+        assert off(seen[-1].flatten(), exact) < 2e-4
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e-6, 1e6, 1e20, 1e30])
+@pytest.mark.parametrize("name", ["adamw", "qgalore", "qmuon", "fira", "apollo", "loqt",
+                                  "natural_galore"])
+def test_a_loss_of_any_size_leaves_finite_weights(name, factor):
+    method, s, model, optimizer = small_run(name)
+    for step in range(4):
+        scale = factor if step % 3 else 1.0
+        (scale * model(*tokens(vocab=257, seed=step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert math.isfinite(optimizer.pop_stats()["grad_norm"])
+        assert first_not_finite(model) is None
 
 # -----------------------------------------------------------------------------
 # files that are not trusted
