@@ -88,10 +88,11 @@ class Manifest:
         if len(self._entries) < MANY or time.monotonic() > self._time + 1:
             self.write()
 
-    def forget(self, names):
+    def forget_missing(self):
         """Drop the entries of shards that are no more."""
-        for name in names:
-            self._entries.pop(name, None)
+        for name in self.names():
+            if not os.path.lexists(os.path.join(self.folder, name)):
+                del self._entries[name]
         self.write()
 
     def strangers(self, names):
