@@ -53,6 +53,7 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune.tokenizer import Tokenizer
+from prepare_c4 import PIECE, last_cut
 from run.encodings import fingerprint, get_encoding
 from run.files import parse_json, replacing, sweep, sync
 from run.manifest import Manifest, alone_in, contents, difference, facts, source
@@ -244,7 +245,7 @@ def write_shards(shards, out_dir, made):
                 f = stack.enter_context(replacing(os.path.join(out_dir, name)))
                 f.writelines(parts)
                 sync(f)
-            manifest.begin(shards, made)
+            manifest.begin(dict.fromkeys(shards, made))
             stack.close()
             manifest.finish(shards)
     except OSError as e:
@@ -470,16 +471,29 @@ def encode(encode_text, pieces):
     start marked as a word's by sentencepiece. Else they are those of the pieces, as the model will
     see a prompt by itself ("Answer: " + "4")."""
     texts, counts = zip(*pieces)
-    prefixes = [encode_text(text) for text in itertools.accumulate(texts)]
+    prefixes = [in_slices(encode_text, text) for text in itertools.accumulate(texts)]
     ids = prefixes[-1]  # the whole text's
     ends = [len(prefix) for prefix in prefixes]  # of each piece in ids
     # a token that spans two pieces: each piece by itself
     if any(prefix != ids[: len(prefix)] for prefix in prefixes):
-        parts = [encode_text(text) for text in texts]
+        parts = [in_slices(encode_text, text) for text in texts]
         ids = list(itertools.chain(*parts))
         ends = list(itertools.accumulate(map(len, parts)))
     flags = np.where(counts, IN_LOSS, 0)
     return ids, np.repeat(flags, np.diff(ends, prepend=0)).tolist()
+
+
+def in_slices(encode_text, text):
+    """The ids of a text; tiktoken gives up on a million spaces, so that a very long one is cut."""
+    ids = []
+    start = 0
+    while len(text) - start > PIECE:
+        end = last_cut(text, start, start + PIECE)
+        if end == start:
+            end = start + PIECE
+        ids += encode_text(text[start:end])
+        start = end
+    return ids + encode_text(text[start:])
 
 
 def example(enc, record, prompt="{prompt}", completion="{completion}", words=(), chat=True):
