@@ -57,7 +57,7 @@ from prepare_c4 import PIECE, last_cut
 from run.encodings import fingerprint, get_encoding
 from run.files import parse_json, replacing, sweep, sync
 from run.manifest import Manifest, alone_in, contents, difference, facts, source
-from run.records import Skipped, kind_of, matching, records, stem_of
+from run.records import Skipped, matching, records, stem_of, table_or_json
 from run.shards import IN_LOSS, STARTS, part_of, shard_parts
 from run.text import first_line
 
@@ -77,7 +77,7 @@ def prepare_sft(s):
     # what can be wrong before anything is read
     paths = matching(s.input)
     for path in paths:
-        kind_of(path)
+        table_or_json(path)
     out_dir = os.path.expanduser(s.out_dir)
     templates(s)
     enc = get_encoding(s.encoding)

@@ -12,7 +12,7 @@ import os
 import re
 
 from finetune.prepare_sft import prompt_and_completion, template
-from run.records import kind_of, matching, records
+from run.records import matching, records, table_or_json
 
 # MMLU's own, categories.py of github.com/hendrycks/test. Unlike in lm-eval, anatomy is Other.
 GROUPS = {
@@ -48,18 +48,27 @@ def read_questions(s):
 
 def check(s):
     """Exit with one line if what the settings name is not there. It needs no torch."""
-    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", s.model)
-    if os.path.isfile(s.model):
+    if s.task == "mmlu":
+        if not os.path.isdir(os.path.expanduser(s.data)):
+            raise SystemExit(f"error: data={s.data}: no such folder; task mmlu needs MMLU's")
+    else:
+        check_data(s)
+    folder = os.path.expanduser(s.model)
+    if os.path.isfile(folder):
         raise SystemExit(f"error: model={s.model}: is a file, where a model's folder was expected")
-    if not os.path.isdir(s.model) and not hub_name:
+    if os.path.isdir(folder):
+        names = " ".join(os.listdir(folder))
+        if not re.search(r"\bckpt(-\d+)?\.pt\b|\bconfig\.json\b", names):
+            raise SystemExit(f"error: model={s.model}: has neither ckpt.pt nor config.json")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", s.model):
         raise SystemExit(
             f"error: model={s.model}: no such folder; name a run's, a Hugging Face directory "
             "or a hub name"
         )
-    if s.task == "mmlu":
-        if not os.path.isdir(s.data):
-            raise SystemExit(f"error: data={s.data}: no such folder; task mmlu needs MMLU's")
-        return
+
+
+def check_data(s):
+    """The same of texts and records."""
     paths = matching(s.data, "data")
     if s.task == "perplexity":
         return
@@ -69,7 +78,7 @@ def check(s):
     template("prompt", s.prompt)
     template("completion", s.completion)
     for path in paths:
-        kind_of(path)
+        table_or_json(path)
 
 
 def read_records(s):
