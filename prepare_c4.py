@@ -16,7 +16,7 @@ command goes on where it stopped, and makes again what has changed.
 
 import sys
 
-from configurator import at_least, between, configure, from_below
+from configurator import between, configure, from_below
 
 # -----------------------------------------------------------------------------
 # text and tokens
@@ -27,7 +27,7 @@ encoding = "gpt2"  # a tiktoken name; "bytes": 256 bytes and end-of-text; or a c
 shards: between(0, 1024) = 1  # C4: how many training files, about 360,000 documents each
 val_fraction: from_below(0, 1) = 0.05  # local files: the last part of each one is for validation
 # system
-workers: at_least(0) = 0  # processes that tokenise; 0: one a core
+workers: between(0, 512) = 0  # processes that tokenise; 0: one a core
 # -----------------------------------------------------------------------------
 
 if __name__ == "__main__":  # what is mistyped is said before anything is loaded
@@ -102,6 +102,8 @@ def prepare(
     workers=workers,
 ):
     """Make the shards that the settings describe, except those that are there already."""
+    if not out_dir:
+        raise SystemExit("error: out_dir is empty: name a folder for the shards")
     out_dir = os.path.expanduser(out_dir)
     files = files_of(input, val_fraction)
     enc = get_encoding(encoding)
@@ -507,7 +509,9 @@ def open_text(file):
 
 
 def progress_bar(job):
-    return tqdm(desc=os.path.basename(job.shard), unit=" documents", mininterval=1)
+    """A bar on a terminal, and nothing elsewhere."""
+    name = os.path.basename(job.shard)
+    return tqdm(desc=name, unit=" documents", mininterval=1, disable=None)
 
 
 # -----------------------------------------------------------------------------
@@ -524,16 +528,15 @@ def text_blocks(stream, file, enc, made):
     rest = ""
     for text in decoded(stream, file):
         rest += text
-        end = last_cut(rest, 0, len(rest))
-        if len(rest) < PIECE and not (end and exact):
-            continue  # for more of it
-        if not end:
-            end = len(rest)
+        end = last_cut(rest, 0, len(rest)) if exact else 0
+        if end:
+            yield rest[:end].encode()
+            rest = rest[end:]
+        while len(rest) > PIECE:
+            end = last_cut(rest, 0, PIECE) or PIECE
             made["cuts"] += 1
-        elif not exact:
-            made["cuts"] += 1
-        yield rest[:end].encode()
-        rest = rest[end:]
+            yield rest[:end].encode()
+            rest = rest[end:]
     yield rest.encode()
 
 
@@ -543,16 +546,17 @@ def decoded(stream, file):
     at = 0  # bytes read
     while data := stream.read(BLOCK):
         pending, _ = utf8.getstate()  # the start of a character, of the block before
+        if b"\0" in data:
+            refuse(file, NULS, at + data.index(b"\0"))
         try:
             text = utf8.decode(data)
         except UnicodeDecodeError as e:
             refuse(file, NOT_UTF8, at - len(pending) + e.start)
-        if "\0" in text:
-            refuse(file, NULS, at + data.index(b"\0"))
         at += len(data)
         yield text
-    if utf8.getstate()[0]:
-        refuse(file, NOT_UTF8, at)
+    pending, _ = utf8.getstate()
+    if pending:
+        refuse(file, NOT_UTF8, at - len(pending))
 
 
 def refuse(file, why, at):

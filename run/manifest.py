@@ -135,16 +135,28 @@ def _entries(content):
         made = manifest.get("format")
         raise ValueError(f"of another version: format {made!r}, not {FORMAT}")
     for name, entry in manifest["shards"].items():
-        whole = isinstance(entry, dict)
-        whole = whole and all(isinstance(entry.get(part), kind) for part, kind in PARTS.items())
-        whole = whole and entry["sources"]
-        if not whole or not all(map(_is_source, entry["sources"])):
+        if not _is_name(name) or not _is_entry(entry):
             raise ValueError(f"damaged: the entry of {name} is not whole")
     return manifest["shards"]
 
 
-def _is_source(source):
-    return isinstance(source, dict) and isinstance(source.get("path"), str)
+def _is_name(name):
+    """Whether it is a shard's, in the manifest's own folder."""
+    return part_of(name) and os.path.basename(name) == name
+
+
+def _is_entry(entry):
+    if not isinstance(entry, dict):
+        return False
+    if not all(isinstance(entry.get(part), kind) for part, kind in PARTS.items()):
+        return False
+    numbers = [entry["tokenizer"].get(key) for key in ("n_vocab", "fingerprint")]
+    sources = entry["sources"]
+    return (
+        all(type(number) is int for number in numbers)
+        and len(sources) > 0
+        and all(isinstance(s, dict) and isinstance(s.get("path"), str) for s in sources)
+    )
 
 
 # -----------------------------------------------------------------------------
