@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import tiktoken
 
@@ -157,7 +158,9 @@ class Tokenizer:
                 "give tokenizer_config.json an eos_token"
             )
         self.add_bos_token = self.bos_token is not None and self._adds_bos(vocabulary.adds_bos)
-        self.chat_template = _chat_template(folder, self._settings)
+        named = _chat_templates(folder, self._settings)
+        self.chat_template = named.get("default")
+        self.tool_template = named.get("tool_use", self.chat_template)
 
     def encode_ordinary(self, text):
         """The ids of `text`, in which nothing is special; no bos before them."""
@@ -175,30 +178,43 @@ class Tokenizer:
             return [self.bos_token, *ids]
         return ids
 
-    def render(self, messages, add_generation_prompt=False):
+    def render(self, messages, add_generation_prompt=False, fields=None):
         """The text of `messages`, [{"role", "content"}], by the chat template.
 
-        add_generation_prompt: with the start of the assistant's next one. Raises ValueError with
-        the template's reason if it does not take them."""
+        add_generation_prompt: with the start of the assistant's next one. fields: what else the
+        template may ask for, by name; with tools it is the one for tools, if there is such. Raises
+        ValueError with the template's reason if it does not take them."""
         if self.chat_template is None:
             raise SystemExit(
                 f"error: encoding {self.name}: has no chat template; "
                 "messages need an instruct model's"
             )
+        given = {"tools": None, "documents": None} | (fields or {}) | self._token_names
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        template = self._template if given["tools"] is None else self._tool_template
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._token_names,
-            )
+            return template.render(given)
         except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as e:
             raise ValueError(f"the chat template refuses it: {first_line(e)}")
 
     @functools.cached_property
+    def template_names(self):
+        """What the chat templates ask for, a set of names."""
+        names = set()
+        for source, template in ((self.chat_template, self._template),
+                                 (self.tool_template, self._tool_template)):
+            environment = template.environment
+            names |= jinja2.meta.find_undeclared_variables(environment.parse(source))
+            names -= environment.globals.keys()
+        return names
+
+    @functools.cached_property
     def _template(self):
         return _compile(self.name, self.chat_template)
+
+    @functools.cached_property
+    def _tool_template(self):
+        return _compile(self.name, self.tool_template)
 
     @functools.cached_property
     def _token_names(self):
@@ -502,16 +518,15 @@ def _added_tokens(folder):
 # chat templates
 
 
-def _chat_template(folder, settings):
-    """The chat template's source, of its own file or in tokenizer_config.json, or None."""
+def _chat_templates(folder, settings):
+    """{name: source} of the chat templates, of their own file or in tokenizer_config.json."""
     path = os.path.join(folder, "chat_template.jinja")
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
-        return f.read()
+        return {"default": f.read()}
     template = settings.get("chat_template")
-    if isinstance(template, list):  # named ones; others are for tools or retrieval
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        return by_name.get("default")
-    return template
+    if isinstance(template, list):  # named ones: "default", "tool_use", "rag"
+        return {entry["name"]: entry["template"] for entry in template}
+    return {} if template is None else {"default": template}
 
 
 class Generation(jinja2.ext.Extension):

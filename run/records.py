@@ -55,6 +55,11 @@ def matching(pattern, name="input"):
         escaped = pattern.replace("[", "[[]")
         found = glob.glob(pattern, recursive=True) or glob.glob(escaped, recursive=True)
     files = sorted(path for path in found if not os.path.isdir(path))
+    for path in files:
+        try:
+            check_file(path)
+        except OSError as e:
+            raise SystemExit(f"error: {path}: {e.strerror}")
     if files:
         return files
     why = "no such file"
@@ -72,6 +77,16 @@ def kind_of(path):
         raise SystemExit(f"error: {path}: expected {ENDINGS}")
     kind, compression = match.groups()
     return kind.lower(), compression and compression.lower()
+
+
+def table_or_json(path):
+    """The kind of a file of records. Exits with one line if it is of another."""
+    kind, _ = kind_of(path)
+    if kind == "txt":
+        raise SystemExit(
+            f"error: {path}: is text, where records were expected: .jsonl, .json, .csv or .tsv"
+        )
+    return kind
 
 
 def stem_of(path):
@@ -93,14 +108,17 @@ class Skipped(dict):
         for reason, (count, where) in other.items():
             self.add(reason, where, count)
 
-    def say(self, path, unit="records"):
-        """Print a line for each reason, the most frequent first, of at most eight."""
+    def say(self, path, of=None, unit="records"):
+        """Print a line for each reason, the most frequent first, of at most eight.
+
+        of: how many there were in all, where that is known."""
+        of_all = "" if of is None else f" of {of:,}"
         by_count = sorted(self.items(), key=lambda item: -item[1][0])
         for reason, (count, where) in by_count[:8]:
-            print(f"{path}: {count:,} {unit} left out: {reason} (the first: {where})")
+            print(f"{path}: {count:,}{of_all} {unit} left out: {reason} (the first: {where})")
         more = sum(count for _, (count, _) in by_count[8:])
         if more:
-            print(f"{path}: {more:,} {unit} left out for {len(by_count) - 8} more reasons")
+            print(f"{path}: {more:,}{of_all} {unit} left out for other reasons")
 
     @property
     def total(self):
@@ -287,9 +305,7 @@ def records(path, columns=""):
 
     columns: the fields of a .csv or .tsv, comma separated; "": its first row names them. Exits with
     one line if the file cannot be read."""
-    kind, _ = kind_of(path)
-    if kind == "txt":
-        raise SystemExit(f"error: {path}: is text, where records were expected: .jsonl, .csv, .tsv")
+    kind = table_or_json(path)
     with open_source(path) as stream:
         try:
             for block in record_blocks(stream, kind, columns):

@@ -3,6 +3,7 @@ Tests of evaluation: tiny random models with the bytes encoding, data of their o
     python -m pytest tests/test_eval.py
 """
 
+import glob
 import json
 import math
 import os
@@ -16,14 +17,13 @@ import torch.nn.functional as F
 import sample
 from configurator import configure
 from finetune import evaluate
-from finetune.evaluate import GROUP_OF, GROUPS
-from finetune.evaluate import fit, greedy, loglikelihoods, number, read_mmlu, windows
+from finetune.evaluate import fit, greedy, loglikelihoods, windows
+from finetune.questions import GROUP_OF, GROUPS, number, read_mmlu
 from model import LLaMA, LLaMAConfig, QLinear
 from run.checkpoint import save_checkpoint
 from run.encodings import get_encoding
 from run.shards import write_shard
-from tests.common import one_line_error
-from tests.common import run as run_script
+from tests.common import HERE, one_line_error, script
 
 BYTES = get_encoding("bytes")
 SHAPE = dict(
@@ -534,18 +534,25 @@ def test_bad_input_is_one_line(tmp_path):
         assert message in line, settings
 
 
-def test_the_command_line_writes_into_the_runs_folder(tmp_path):
+def test_the_command_line_leaves_the_run_as_it_is(tmp_path):
     folder = saved(tmp_path / "run", tiny())
     (tmp_path / "text.txt").write_text("some text")
-    command = ["finetune.evaluate", f"--model={folder}", f"--data={tmp_path / 'text.txt'}"]
-    code, out, err = run_script(*command)
-    assert code == 0, err
-    path = tmp_path / "run" / "eval-perplexity.json"
-    result = json.loads(path.read_text())
+    command = ["finetune.evaluate", "--model=run", "--data=text.txt"]
+    here = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": HERE}}
+    process = script(*command, **here)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    [path] = glob.glob(f"{tmp_path}/eval-*")
+    name = os.path.basename(path)
+    assert name.startswith("eval-perplexity-run-text.txt-") and name.endswith(".json")
+    with open(path) as f:
+        result = json.load(f)
     assert result["tokens"] == 9 and result["peak_memory_gib"] > 0
     assert result["settings"]["task"] == "perplexity"
-    assert out.startswith(f"{path}: n 1, tokens 9, ")
-    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.pt", "eval-perplexity.json"]
-    bad = run_script(*command, "--task=sums")
-    one_line_error(bad, "task must be one of")
-    assert bad[2].count("\n") == 1
+    assert out.startswith(f"{name}: n 1, tokens 9, ")
+    assert os.listdir(folder) == ["ckpt.pt"]
+
+    process = script(*command, "--task=sums", **here)
+    out, err = process.communicate(timeout=240)
+    one_line_error((process.returncode, out, err), "task must be one of")
+    assert err.count("\n") == 1

@@ -703,13 +703,15 @@ def test_a_template_that_rewrites_what_was_said_is_refused(chat, tmp_path):
 BAD_RECORDS = [
     (b"not JSON", "not JSON"),
     (b"[1]", "not a JSON object"),
-    (b"\xff", "not JSON"),
+    (b"\xff", "not UTF-8"),
+    (b'{"prompt": NaN, "completion": "b"}', "NaN is no number in JSON"),
     (b'{"prompt": "a"}', "no field 'completion'"),
     (b'{"prompt": "a", "completion": " "}', "empty"),
     (b'{"prompt": "a", "completion": null}', "no field 'completion'"),
     (b'{"messages": "hi"}', "no list"),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
-    (b'{"messages": [{"role": "assistant", "content": ["a"]}]}', "not a text"),
+    (b'{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}', "but 'image'"),
+    (b'{"messages": [{"role": "assistant", "content": {"a": 1}}]}', "not a text"),
     (b'{"messages": []}', "no message"),
     (b'{"messages": [{"role": "assistant", "content": ""}]}', "says nothing"),
     (
@@ -724,11 +726,13 @@ def test_records_that_make_no_example_are_counted_by_file(chat, tmp_path, capsys
     for i, (line, why) in enumerate(BAD_RECORDS):
         path = tmp_path / f"{i}.jsonl"
         path.write_bytes(b"\n".join([good, b"", line, b'{"no": 1}', good]))
-        make(path, f"{tmp_path}/out", chat, val_fraction=0)
-        first, second = capsys.readouterr().out.splitlines()
-        start = f"{path}: 2 of 4 records left out, the first for this: line 3: "
-        assert first.startswith(start) and why in first
-        assert " 2 examples " in second
+        make(path, f"{tmp_path}/{i}", chat, val_fraction=0)
+        said = capsys.readouterr().out.splitlines()
+        left_out = [line for line in said if "left out" in line]
+        assert all(line.startswith(f"{path}: ") for line in left_out)
+        assert sum(int(line.split(": ")[1].split()[0]) for line in left_out) == 2
+        assert any(why in line and "(the first: line 3)" in line for line in left_out)
+        assert any(" 2 examples " in line for line in said)
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(line for line, _ in BAD_RECORDS))
     answer = refused(make, f"{tmp_path}/x.jsonl", f"{tmp_path}/x", chat)
     assert "no usable example" in answer
@@ -741,8 +745,8 @@ BAD_SETTINGS = [
     (dict(input="{}/roles.jsonl", encoding="chat"), "roles.jsonl, line 2: a message has no role"),
     (dict(input="{}/roles.jsonl"), "roles.jsonl, line 1: the encoding has no chat template"),
     (dict(input="{}/cut.json.gz"), "cut.json.gz: incomplete or damaged"),
-    (dict(input="{}/cut.json"), "cut.json: incomplete or damaged"),
-    (dict(input="{}/quote.csv"), "quote.csv: incomplete or damaged (line"),
+    (dict(input="{}/cut.json"), "cut.json: record 2: incomplete or damaged"),
+    (dict(input="{}/quote.csv"), "quote.csv: line 2: unexpected end of data"),
     (dict(val_fraction=0.01), "too few to split"),
     (dict(val_fraction=-1.0), "val_fraction must be between 0 and 1, not -1.0"),
     (dict(block_size=0), "block_size must be at least 1, not 0"),
@@ -795,9 +799,9 @@ def test_no_old_shard_stays_beside_one_split_alone(questions, tmp_path):
         args = f"{tmp_path}/q_a.jsonl", f"{tmp_path}/{split}"
         made = f"q-a_{split}_00000.bin"
         make(*args, val_fraction=fraction, **SETTINGS)
-        assert os.listdir(tmp_path / split) == [made]
+        assert sorted(os.listdir(tmp_path / split)) == [made, "shards.json"]
         answer = refused(make, *args, val_fraction=1 - fraction, **SETTINGS)
-        assert f"{made}: is of another split" in answer
+        assert f"{made}: was made of the same input, with another split" in answer
 
 
 TSV = '"a "quoted film\t1\nbad  one\t0\nno label\t-1\nshort\n'
@@ -857,8 +861,8 @@ def test_tables_lists_and_lines_become_examples(tmp_path, name, content, setting
     for path, opened in ((name, open), (name + ".gz", gzip.open)):
         with opened(tmp_path / path, "wt", encoding="utf-8", newline="") as f:
             f.write(content)
-        make(f"{tmp_path}/{path}", f"{tmp_path}/out", **settings)
-        rows = open_shard(tmp_path / "out/x_train_00000.bin").tokens.reshape(-1, 64)
+        make(f"{tmp_path}/{path}", f"{tmp_path}/of {path}", **settings)
+        rows = open_shard(tmp_path / f"of {path}/x_train_00000.bin").tokens.reshape(-1, 64)
         texts = [bytes(row[row < 256].tolist()).decode() for row in rows]
         assert sorted(texts) == sorted(expected)
 
@@ -867,7 +871,8 @@ def test_several_files_make_one_data_set(tmp_path):
     for name, text in (("a", "one"), ("b", "two")):
         write_lines(tmp_path / f"{name}.jsonl", [{"prompt": text, "completion": "x"}])
     make(f"{tmp_path}/?.jsonl", f"{tmp_path}/my_out/", block_size=15, val_fraction=0)
-    assert os.listdir(tmp_path / "my_out") == ["my-out_train_00000.bin"]
+    names = sorted(os.listdir(tmp_path / "my_out"))
+    assert names == ["my-out_train_00000.bin", "shards.json"]
     found = examples_in(f"{tmp_path}/my_out/*.bin", get_encoding("bytes"), 15)
     assert sorted(found) == [
         ("onex<|endoftext|>", "x<|endoftext|>"),
