@@ -535,7 +535,7 @@ def test_odd_inputs_of_prepare_are_one_line(tmp_path, monkeypatch):
         assert message in refused(prepare, pattern, "out", "bytes")
     assert "File exists" in refused(prepare, "a/x.txt", "a/x.txt", "bytes")
     assert "out_dir is empty" in refused(prepare, "a/x.txt", "", "bytes")
-    assert os.listdir("out") == []
+    assert shard_paths("out", "train") == []
 
 
 def test_any_name_of_a_text_makes_shards_that_are_read(tmp_path, monkeypatch):
