@@ -80,7 +80,7 @@ def shard_names(files, sources, made):
         if part_of(name) == "train" and entry["settings"].get("maker") == MAKER:
             before[name] = entry["sources"][0]
     names = {}  # {place in `files`: name}
-    for key in (str, manifest.contents, manifest.path_of):
+    for key in (str, manifest.content_of, manifest.path_of):
         named = collections.defaultdict(list)
         for name, source in before.items():
             named[key(source)].append(name)
@@ -141,8 +141,8 @@ def reason_to_make(job, made):
         other = ""
         if entry is None:
             other = f"{manifest.NAME} does not say of what it was made"
-        elif manifest.difference(entry, job.facts):
-            other = f"was made with {manifest.difference(entry, job.facts)}"
+        elif manifest.other_settings(entry, job.facts):
+            other = f"was made with {manifest.other_settings(entry, job.facts)}"
         elif not manifest.same_contents(entry, job.facts):
             reasons.append(f"{made.source_of(name)} has changed")
             if not manifest.same_paths(entry, job.facts):

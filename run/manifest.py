@@ -189,13 +189,18 @@ def path_of(source):
     return source["path"]
 
 
-def contents(source):
+def content_of(source):
     """What tells a source's contents, as a text, wherever it lies."""
     return str(sorted(item for item in source.items() if item[0] != "path"))
 
 
+def contents(sources):
+    """That of each: a file may be moved, and equal ones are one text."""
+    return [content_of(source) for source in sources]
+
+
 def same_contents(entry, facts):
-    return list(map(contents, entry["sources"])) == list(map(contents, facts["sources"]))
+    return contents(entry["sources"]) == contents(facts["sources"])
 
 
 def same_paths(entry, facts):
@@ -203,7 +208,16 @@ def same_paths(entry, facts):
 
 
 def difference(entry, facts):
-    """How an entry's shard was made otherwise, "val_fraction=0.05, not 0.1"; "" if it was not."""
+    """What an entry's shard has otherwise, "val_fraction=0.05, not 0.1"; "" if nothing.
+
+    Paths do not count."""
+    if not same_contents(entry, facts):
+        return other_settings(entry, facts) or "other contents of its source"
+    return other_settings(entry, facts)
+
+
+def other_settings(entry, facts):
+    """The same of the settings and the tokenizer alone."""
     before = entry["settings"]
     now = facts["settings"]
     for key in sorted({*before, *now}):
@@ -213,7 +227,7 @@ def difference(entry, facts):
 
 
 def other_tokenizer(entry, facts):
-    """The same of the tokenizer alone: it is told by its fingerprint, not by its name."""
+    """The same of the tokenizer alone, which is told by its fingerprint, not by its name."""
     before = entry["tokenizer"]
     now = facts["tokenizer"]
     for key in ("n_vocab", "fingerprint"):
