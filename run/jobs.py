@@ -123,6 +123,8 @@ def finished(job, made):
             print(f"{path}: kept; to make it again, delete it")
         elif os.path.exists(path):
             print(f"note: {path}: is made again: {why}")
+    if not why:
+        made.keep(names_of(job), job.facts)
     return not why
 
 
@@ -150,7 +152,7 @@ def reason_to_make(job, made):
         if other:
             raise SystemExit(f"error: {path}: {other}; delete it or set another --out_dir")
         if not made.is_finished(name):
-            reasons.append("it was not finished")
+            reasons.append("it was not finished, or is another file since")
         elif not whole:
             reasons.append("it is not whole")
     return reasons[0] if reasons else ""

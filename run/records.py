@@ -25,6 +25,7 @@ import re
 import zlib
 
 from run.files import check_file, parse_json
+from run.manifest import NAME as MANIFEST
 from run.text import first_line
 
 BLOCK = 1 << 20  # bytes of lines that go to a worker at a time
@@ -54,6 +55,8 @@ def matching(pattern, name="input"):
     if not os.path.exists(pattern):
         escaped = pattern.replace("[", "[[]")
         found = glob.glob(pattern, recursive=True) or glob.glob(escaped, recursive=True)
+    # shards.json lies beside shards, and tells of them
+    found = [path for path in found if path == pattern or os.path.basename(path) != MANIFEST]
     files = sorted(path for path in found if not os.path.isdir(path))
     for path in files:
         try:
