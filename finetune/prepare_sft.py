@@ -56,7 +56,8 @@ from finetune.tokenizer import Tokenizer
 from prepare_c4 import PIECE, last_cut
 from run.encodings import fingerprint, get_encoding
 from run.files import parse_json, replacing, sweep, sync
-from run.manifest import Manifest, alone_in, contents, difference, facts, source
+from run.manifest import (Manifest, alone_in, contents, difference, facts, other_tokenizer,
+                          same_contents, same_paths, source)
 from run.records import Skipped, matching, records, stem_of, table_or_json
 from run.shards import IN_LOSS, STARTS, part_of, shard_parts
 from run.text import first_line
@@ -189,7 +190,7 @@ def check_folder(out_dir, names, made):
         entry = manifest.entry(name)
         if entry is None:
             why = "was made of something that shards.json does not tell"
-        elif is_of_same_files(entry, made):
+        elif same_paths(entry, made) or same_contents(entry, made):
             if name in names:
                 continue
             why = "was made of the same input, with another split"
@@ -203,18 +204,9 @@ def check_folder(out_dir, names, made):
             raise SystemExit(f"error: {path}: {why}; delete it or set another --out_dir")
 
 
-def is_of_same_files(entry, made):
-    """Whether an entry of shards.json is of these very files, whatever is in them now."""
-
-    def paths(facts):
-        return sorted(source["path"] for source in facts["sources"])
-
-    return paths(entry) == paths(made) or contents(entry["sources"]) == contents(made["sources"])
-
-
 def shares_a_text(entry, made):
-    texts = contents(entry["sources"])
-    return any(text in texts for text in contents(made["sources"]))
+    before = set(map(contents, entry["sources"]))
+    return any(contents(source) in before for source in made["sources"])
 
 
 def other_kind(entry, made):
@@ -224,9 +216,8 @@ def other_kind(entry, made):
         now = made["settings"][name]
         if before != now:
             return f"was made with {name}={before}, not {now}"
-    if entry["tokenizer"].get("fingerprint") != made["tokenizer"]["fingerprint"]:
-        return f"was made with the tokenizer {entry['tokenizer'].get('name')}"
-    return ""
+    other = other_tokenizer(entry, made)
+    return other and f"was made with {other}"
 
 
 def write_shards(shards, out_dir, made):
