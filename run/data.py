@@ -17,6 +17,7 @@ import tiktoken
 import torch
 
 from run.encodings import fingerprint, get_encoding
+from run.manifest import Manifest
 from run.shards import IN_LOSS, STARTS, open_shard, shard_paths
 
 GPT2 = (50257, 1352840262)  # n_vocab and fingerprint: known without its vocabulary, as offline
@@ -32,6 +33,7 @@ def open_windows(s, part, seed):
             f"error: no shards {os.path.join(s.data_dir, f'*_{part}_*.bin')}; make some with "
             "prepare_c4.py, or set data_dir"
         )
+    check_finished(s.data_dir, paths)
     n_vocab, number = known_tokenizer(s.encoding or "gpt2")
     if not n_vocab:  # the parts have to be alike, at least
         for path in shard_paths(s.data_dir, "train"):
@@ -39,6 +41,25 @@ def open_windows(s, part, seed):
             n_vocab = n_vocab or shard.n_vocab
             number = number or shard.fingerprint
     return Windows(paths, s.block_size, s.vocab_size, seed, n_vocab, number)
+
+
+def check_finished(folder, paths):
+    """Exit with one line if shards.json says that a shard is to be made again.
+
+    A stop between two of them may leave the new text for validation, and the old one to train on.
+    A folder needs no shards.json, and a damaged one keeps no run from its data."""
+    try:
+        made = Manifest.read(os.path.expanduser(folder))
+    except SystemExit as e:
+        print(f"note: {str(e).removeprefix('error: ').partition(';')[0]}")
+        return
+    for path in paths:
+        entry = made.entry(os.path.basename(path))
+        if entry and not entry["finished"]:
+            raise SystemExit(
+                f"error: {path}: is to be made again, which was not finished: give the command "
+                "that made it once more"
+            )
 
 
 def known_tokenizer(encoding):

@@ -25,6 +25,7 @@ import re
 import zlib
 
 from run.files import check_file, parse_json
+from run.manifest import NAME as MANIFEST
 from run.text import first_line
 
 BLOCK = 1 << 20  # bytes of lines that go to a worker at a time
@@ -54,6 +55,8 @@ def matching(pattern, name="input"):
     if not os.path.exists(pattern):
         escaped = pattern.replace("[", "[[]")
         found = glob.glob(pattern, recursive=True) or glob.glob(escaped, recursive=True)
+    # shards.json lies beside shards, and tells of them
+    found = [path for path in found if path == pattern or os.path.basename(path) != MANIFEST]
     files = sorted(path for path in found if not os.path.isdir(path))
     for path in files:
         try:
@@ -92,9 +95,12 @@ def table_or_json(path):
 def stem_of(path):
     """What the shards of a file are called by: its name without endings.
 
-    There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too."""
+    There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too. Nor is it
+    hidden, or too long for a file's name."""
     name = os.path.basename(path)
-    return re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I).replace("_", "-")
+    stem = re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I)
+    stem = stem.replace("_", "-").lstrip(".")
+    return os.fsencode(stem)[:150].decode(errors="ignore") or "text"
 
 
 class Skipped(dict):
