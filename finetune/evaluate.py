@@ -92,7 +92,7 @@ def main(s):
     try:
         evaluate(s)
     except OSError as e:
-        raise SystemExit(f"error: {e.filename or s.data}: {e.strerror or e}")
+        raise SystemExit(f"error: {e.filename or 'the result'}: {e.strerror or e}")
     except torch.OutOfMemoryError:
         raise SystemExit("error: out of memory on the GPU; a smaller --batch_size takes less")
     except KeyboardInterrupt:

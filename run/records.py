@@ -95,9 +95,12 @@ def table_or_json(path):
 def stem_of(path):
     """What the shards of a file are called by: its name without endings.
 
-    There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too."""
+    There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too. Nor is it
+    hidden, or too long for a file's name."""
     name = os.path.basename(path)
-    return re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I).replace("_", "-")
+    stem = re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I)
+    stem = stem.replace("_", "-").lstrip(".")
+    return os.fsencode(stem)[:150].decode(errors="ignore") or "text"
 
 
 class Skipped(dict):
@@ -161,16 +164,20 @@ class Source(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        with self._refusing():
-            while not self.pending:
-                data = self.stream.read(len(buffer))
-                self.pending = self._as_utf8(data, final=not data)
-                if not data:
-                    break
-        count = min(len(buffer), len(self.pending))
-        buffer[:count] = self.pending[:count]
-        self.pending = self.pending[count:]
+        count = 0
+        while count < len(buffer) and (self.pending or self._more()):
+            some = self.pending[: len(buffer) - count]
+            buffer[count : count + len(some)] = some
+            self.pending = self.pending[len(some) :]
+            count += len(some)
         return count
+
+    def _more(self):
+        """Read on; False at the end."""
+        with self._refusing():
+            data = self.stream.read(1 << 16)
+            self.pending = memoryview(self._as_utf8(data, final=not data))
+        return bool(data)
 
     def close(self):
         if not self.closed and hasattr(self, "file"):

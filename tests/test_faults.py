@@ -5,6 +5,7 @@ Every kind of trouble that a run met, and what is right: docs/reliability.md lis
 tests/torture.py kills, fills and damages at random, for as long as it is told.
 """
 
+import base64
 import collections
 import gzip
 import json
@@ -12,12 +13,16 @@ import os
 import random
 import resource
 import shutil
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import tiktoken
 
 import prepare_c4
+from configurator import configure
+from finetune import prepare_sft
 from finetune.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
 from prepare_c4 import check_made_of, prepare
 from run import data, manifest, records
@@ -619,6 +624,310 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # records and texts
+
+RECORDS = [{"text": f"{i} é — \U0001f642", "n": i} for i in range(40)]
+
+
+def json_lines(records):
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+LAYOUTS = {  # how people write records
+    "lines": json_lines(RECORDS),
+    "list": json.dumps(RECORDS),
+    "a record a line of a list": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n",
+    "over several lines": json.dumps(RECORDS, indent=2, ensure_ascii=False),
+    "one after the other": "\n".join(json.dumps(r, indent=1) for r in RECORDS),
+    "with empty lines": "\r\n\n" + json_lines(RECORDS).replace("\n", "\r\n\n"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".JSONL", ".json.gz"])
+def test_every_layout_of_records_gives_all_of_them(tmp_path, monkeypatch, layout, ending):
+    monkeypatch.setattr(records, "BLOCK", 100)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        content = LAYOUTS[layout].encode(encoding)
+        path = tmp_path / f"{encoding}{ending}"
+        path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+        assert [record for _, record in records.records(str(path))] == RECORDS
+
+
+def read(folder, name, content, columns=""):
+    """[(where, record, or why it is none)] of a file, or the line that refuses it."""
+    path = folder / name
+    path.write_bytes(content)
+    try:
+        found = list(records.records(str(path), columns))
+    except SystemExit as e:
+        assert str(e).startswith(f"error: {path}: ") and "\n" not in str(e)
+        return str(e)
+    return [(where, str(r) if isinstance(r, ValueError) else r) for where, r in found]
+
+
+CP1252 = "naïve, 5 €\n".encode("windows-1252")
+NOT_TEXT = [  # content, and what is said
+    (CP1252, "not UTF-8: convert it"),
+    ("naïve, 5\n".encode("utf-16-le"), "NUL bytes: if it is UTF-16"),
+    ("naïve, 5\n".encode("utf-16-be"), "NUL bytes: if it is UTF-16"),
+    (b"text\0text", "NUL bytes"),
+    ("é".encode()[:1], "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize("content, why", NOT_TEXT)
+def test_what_is_no_text_is_said_with_its_place(tmp_path, content, why):
+    for kind in ("csv", "tsv"):
+        answer = read(tmp_path, f"x.{kind}", b"a,b\n1,2\n" + content)
+        assert "line 3: " in answer and why in answer
+    line = json.dumps({"text": "good"}).encode() + b"\n"
+    found = read(tmp_path, "x.jsonl", line + b'{"text": "' + content.strip() + b'"}\n' + line)
+    assert found[0] == ("line 1", {"text": "good"}) and found[-1][1] == {"text": "good"}
+    assert found[1][0] == "line 2" and why in found[1][1]
+    answer = read(tmp_path, "x.json", b'[{"text": "' + content + b'"}]')
+    assert "record 1" in answer and why in answer
+
+
+NO_RECORDS = [
+    (b"not JSON", "not JSON"),
+    (b'{"a": 1', "not JSON"),
+    (b'{"a": NaN}', "NaN is no number in JSON"),
+    (b'{"a": [-Infinity]}', "-Infinity is no number in JSON"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+    (b"7", "not a JSON object"),
+    (b"[1, 2]", "not a JSON object"),
+    (b'"text"', "not a JSON object"),
+]
+
+
+@pytest.mark.parametrize("line, why", NO_RECORDS)
+def test_a_line_that_is_no_record_leaves_the_others(tmp_path, line, why):
+    [first, bad, last] = read(tmp_path, "x.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 2}')
+    assert (first[1], last) == ({"a": 1}, ("line 3", {"a": 2}))
+    assert bad[0] == "line 2" and why in bad[1]
+
+
+DAMAGED = [
+    ("x.json", b'[{"a": 1}, {"a": ', "record 2: incomplete or damaged"),
+    ("x.json", b'[{"a": 1}', "the list has no end"),
+    ("x.json", b'[{"a": 1} x]', "record 2: incomplete or damaged"),
+    ("x.json", b"[" * 100_000, "nested too deeply"),
+    ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-9], "incomplete or damaged"),
+    ("x.jsonl.gz", b'{"a": 1}\n', "incomplete or damaged (Not a gzipped file"),
+    ("x.jsonl", b"\xff\xfe{", "not as its byte order mark says"),
+    ("x.csv", b'a,"b\n1,2\n3,4\n', "line 1: unexpected end of data"),
+    ("x.csv", b'a,b\n1,2\n"3,4\n5,6\n', "line 3: unexpected end of data"),
+    ("x.csv", b'a,b\n"1"2,3\n', "line 2: ',' expected after"),
+    ("x.csv", b"a,b,a\n1,2,3\n", "line 1: two columns are called 'a'"),
+    ("x.txt", b"text", "is text, where records were expected"),
+    ("x.parquet", b"PAR1", "expected .json, .jsonl, .csv"),
+]
+
+
+@pytest.mark.parametrize("name, content, why", DAMAGED)
+def test_a_file_that_is_not_whole_is_one_line(tmp_path, name, content, why):
+    assert why in read(tmp_path, name, content)
+
+
+def test_rows_of_tables_are_told_from_what_is_none(tmp_path):
+    table = b'text,"la,bel"\r\n"two\nlines",1\r\n\r\n  ,\r\nragged\r\n"say ""x""",2\r\n'
+    assert read(tmp_path, "x.csv", table) == [
+        ("line 2", {"text": "two\nlines", "la,bel": "1"}),
+        ("line 6", "1 fields instead of 2, text,la,bel"),
+        ("line 7", {"text": 'say "x"', "la,bel": "2"}),
+    ]
+    assert read(tmp_path, "x.tsv", b'a\tb\n"open\t1\n')[0][1] == {"a": '"open', "b": "1"}
+    old_mac = read(tmp_path, "x.csv", b"a,b\r1,2\r3,4\r")
+    assert [record for _, record in old_mac] == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    # a header that the user names, too, is no record
+    assert read(tmp_path, "x.tsv", b"a\tb\n1\t2\n", "a,b") == [("line 2", {"a": "1", "b": "2"})]
+    # larger than csv's own limit of a field
+    [(_, long)] = read(tmp_path, "x.csv", b"a\n" + b"x" * 200_000 + b"\n")
+    assert len(long["a"]) == 200_000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "json"])
+def test_a_line_without_end_takes_little_memory(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(records, "LONGEST", 1 << 16)
+    monkeypatch.setattr(records, "BLOCK", 1 << 12)
+    long = b'"' + b"x" * (1 << 23) + b'"'
+    if kind == "json":
+        content = b"[" + long + b"]"
+    else:
+        content = b'{"a": 1}\n' + long + b'\n{"a": 2}\n'
+    path = tmp_path / f"x.{kind}.gz"
+    path.write_bytes(gzip.compress(content, 1))
+    del content, long
+    tracemalloc.start()
+    try:
+        found = [str(record) for _, record in records.records(str(path))]
+    except SystemExit as e:
+        found = str(e)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    if kind == "jsonl":
+        assert found == ["{'a': 1}", "longer than 0 MiB", "{'a': 2}"]
+    else:
+        assert "longer than 0 MiB" in found
+
+
+def test_zst_is_read_or_the_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    assert "pip install zstandard" in read(tmp_path, "x.jsonl.zst", b"")
+    monkeypatch.undo()
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    frame = zstandard.compress(json_lines(RECORDS).encode())
+    for content in (frame, frame + zstandard.compress(b"\n" * 9)):
+        assert [r for _, r in read(tmp_path, "x.jsonl.zst", content)] == RECORDS
+    for content in (frame[:-3], frame[:20] + b"????" + frame[24:], b"no frame"):
+        assert "incomplete or damaged" in read(tmp_path, "x.jsonl.zst", content)
+
+
+def test_a_path_is_meant_as_it_stands(tmp_path, monkeypatch):
+    folder = tmp_path / "[v1] $x #'é"
+    folder.mkdir()
+    for name in ("b.jsonl", "a [1].jsonl"):
+        (folder / name).write_text('{"a": 1}\n')
+    (folder / "c.jsonl").mkdir()
+    both = [f"{folder}/a [1].jsonl", f"{folder}/b.jsonl"]
+    assert records.matching(both[0]) == both[:1]
+    assert records.matching(f"{folder}/*.jsonl") == both
+    monkeypatch.setenv("HOME", str(folder))
+    assert records.matching("~/b.jsonl") == both[1:]
+    monkeypatch.chdir(folder)
+    assert records.matching("a [1].jsonl") == ["a [1].jsonl"]
+    os.mkfifo(folder / "pipe.jsonl")
+    assert "is no ordinary file" in refused(records.matching, "pipe.jsonl")
+    assert "is a folder" in refused(records.matching, ".")
+    assert "no such file" in refused(records.matching, "none*")
+    assert "--input is missing" in refused(records.matching, "")
+
+
+def test_what_is_left_out_is_said_by_its_reason(capsys):
+    left_out = records.Skipped()
+    for i in range(5):
+        left_out.add("not JSON", f"line {i + 1}")
+    later = records.Skipped()
+    later.add("not UTF-8", "line 7", 20)
+    later.add("not JSON", "line 8")
+    left_out.merge(later)
+    left_out.say("x.jsonl", 40)
+    assert left_out.total == 26
+    assert capsys.readouterr().out.splitlines() == [
+        "x.jsonl: 20 of 40 records left out: not UTF-8 (the first: line 7)",
+        "x.jsonl: 6 of 40 records left out: not JSON (the first: line 1)",
+    ]
+
+
+def sft(folder, pattern, out="out", **settings):
+    """prepare_sft of files in `folder`, into folder/out; the names that are there afterwards."""
+    settings = {"encoding": "bytes", "block_size": 63, "packing": False} | settings
+    settings |= {"input": f"{folder}/{pattern}", "out_dir": f"{folder}/{out}"}
+    argv = [f"--{name}={value}" for name, value in settings.items()]
+    prepare_sft.prepare_sft(configure(prepare_sft, argv=argv))
+    return sorted(name for name in os.listdir(folder / out) if name.endswith(".bin"))
+
+
+def write_examples(path, texts):
+    path.write_text(json_lines({"prompt": text, "completion": f" {text}!"} for text in texts))
+
+
+def rows_of(path):
+    shard = open_shard(path)
+    return {tuple(row) for row in shard.tokens.reshape(-1, shard.row).tolist()}
+
+
+def test_a_folder_holds_the_shards_of_one_input(tmp_path, capsys):
+    write_examples(tmp_path / "a.jsonl", [f"a{i}" for i in range(100)])
+    write_examples(tmp_path / "b.jsonl", [f"b{i}" for i in range(90)])
+    made = ["a_train_00000.bin", "a_val_00000.bin"]
+    assert sft(tmp_path, "a.jsonl") == made
+    before = rows_of(tmp_path / "out/a_train_00000.bin")
+    for pattern in ("?.jsonl", "b.jsonl"):
+        answer = refused(sft, tmp_path, pattern)
+        assert "a_train_00000.bin: was made of" in answer and "a.jsonl, not of this" in answer
+    assert rows_of(tmp_path / "out/a_train_00000.bin") == before
+
+    # by the same input it is replaced, and what changes is said
+    capsys.readouterr()
+    assert sft(tmp_path, "a.jsonl", seed=2) == made
+    assert "a_train_00000.bin is replaced: it had seed=1337, not 2" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out/a_train_00000.bin") != before
+    write_examples(tmp_path / "a.jsonl", ["new", "and newer"])
+    assert "too few to split" in refused(sft, tmp_path, "a.jsonl")
+    assert "with another split" in refused(sft, tmp_path, "a.jsonl", val_fraction=0)
+
+
+def test_train_and_val_of_two_files_share_a_folder(tmp_path):
+    write_examples(tmp_path / "fit.jsonl", ["a", "b"])
+    write_examples(tmp_path / "dev.jsonl", ["c", "d"])
+    write_examples(tmp_path / "fit2.jsonl", ["a", "b"])
+    write_examples(tmp_path / "more.jsonl", ["e"])
+    sft(tmp_path, "fit.jsonl", val_fraction=0)
+    for settings, why in (
+        ({"pattern": "fit2.jsonl"}, "with another split"),
+        ({"pattern": "[fm]*t.jsonl"}, "with another split"),
+        ({"pattern": "dev.jsonl", "block_size": 31}, "block_size=63, not 31"),
+        ({"pattern": "more.jsonl", "val_fraction": 0}, "not of this input"),
+    ):
+        answer = refused(sft, tmp_path, **{"val_fraction": 1} | settings)
+        assert "fit_train_00000.bin: was made" in answer and why in answer
+    made = sft(tmp_path, "dev.jsonl", val_fraction=1)
+    assert made == ["dev_val_00000.bin", "fit_train_00000.bin"]
+
+
+def test_shards_that_no_manifest_tells_are_not_mixed_in(tmp_path):
+    write_examples(tmp_path / "a.jsonl", ["a", "b"])
+    (tmp_path / "out").mkdir()
+    for name in ("a_train_00000.bin", "c4_val_00000.bin"):
+        write_shard(f"{tmp_path}/out/{name}", np.arange(99), 257)
+        answer = refused(sft, tmp_path, "a.jsonl", val_fraction=0)
+        assert f"{name}: was made of something that shards.json does not tell" in answer
+        os.unlink(tmp_path / "out" / name)
+    (tmp_path / "out/shards.json").write_text("{")
+    assert "shards.json: damaged" in refused(sft, tmp_path, "a.jsonl", val_fraction=0)
+
+
+def test_twins_are_on_one_side_of_the_split(tmp_path, capsys):
+    texts = [f"text {i % 40}" for i in range(120)]
+    write_examples(tmp_path / "a.jsonl", texts)
+    sft(tmp_path, "a.jsonl", val_fraction=0.2)
+    assert "80 examples repeat another" in capsys.readouterr().out
+    train = rows_of(tmp_path / "out/a_train_00000.bin")
+    val = rows_of(tmp_path / "out/a_val_00000.bin")
+    assert not train & val
+    assert (len(train), len(val)) == (32, 8)
+    write_examples(tmp_path / "b.jsonl", ["same"] * 40)
+    answer = refused(sft, tmp_path, "b.jsonl", out="other")
+    assert "40 examples, of them 1 different, are too few" in answer
+
+
+def test_columns_and_fields_without_a_use_are_said_once(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("id,q,a,note\n1,x,y,\n2,x2,y,z\n3,x3,y,\n")
+    sft(tmp_path, "x.csv", prompt="{q}", completion=" {a}", val_fraction=0)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        f"{tmp_path}/x.csv: not used: the field 'id' (3 of 3 records; the first: line 2)",
+        f"{tmp_path}/x.csv: not used: the field 'note' (1 of 3 records; the first: line 3)",
+    ]
+    (tmp_path / "y.jsonl").write_text(json_lines([{"q": "x", "a": ["y"]}]))
+    answer = refused(sft, tmp_path, "y.jsonl", "o2", prompt="{q}", completion="{a}")
+    assert "no usable example" in answer
+    assert "is a list or an object: name its part" in capsys.readouterr().out
+    sft(tmp_path, "y.jsonl", "o2", prompt="{q}", completion="{a[0]}", val_fraction=0)
+
+
+def test_an_example_of_a_million_spaces_is_cut(tmp_path, monkeypatch):
+    path = tmp_path / "ranks"
+    path.write_text("".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)))
+    spaces = " " * 1_000_000
+    (tmp_path / "x.jsonl").write_text(json_lines([{"prompt": "a", "completion": f"b{spaces}c"}]))
+    sft(tmp_path, "x.jsonl", encoding=path, val_fraction=0)
+    [row] = rows_of(tmp_path / "out/x_train_00000.bin")
+    assert bytes(row) == b"ab" + b" " * 62
 
 # -----------------------------------------------------------------------------
 # arithmetic
