@@ -6,7 +6,8 @@ shards.json, beside the shards of a folder: of what each of them was made, and h
         "sources": [{"path": "/texts/x.txt", "size": 19, "blake2b": "..."}],
         "tokenizer": {"name": "gpt2", "n_vocab": 50257, "fingerprint": 1352840262},
         "settings": {"maker": "prepare_c4", "val_fraction": 0.05},
-        "finished": true}}}
+        "finished": true,
+        "bytes": 1062}}}
 
 What makes shards looks here before it keeps one. What does not match is made again, or refused,
 so that no folder mixes what two commands made. Training needs no such file, as llm.c's shards have
@@ -40,7 +41,7 @@ class Manifest:
 
     def __init__(self, folder, entries):
         self.folder = folder
-        self._entries = entries  # {name: its facts, and whether it is "finished"}
+        self._entries = entries  # {name: its facts, whether it is "finished", and its "bytes"}
         self._written = self._content()  # as it was last written
         self._time = -math.inf  # when
 
@@ -72,8 +73,11 @@ class Manifest:
         return self._entries.get(name)
 
     def is_finished(self, name):
-        """Whether a shard took its name after all that its entry says was done."""
-        return name in self._entries and self._entries[name]["finished"]
+        """Whether the shard of that name is the one that was made."""
+        entry = self._entries.get(name)
+        if entry is None or not entry["finished"]:
+            return False
+        return entry.get("bytes") == os.path.getsize(os.path.join(self.folder, name))
 
     def begin(self, entries):
         """Note that shards are to be made, {name: facts}: until finish(), they are not whole."""
@@ -84,14 +88,23 @@ class Manifest:
     def finish(self, names):
         """Note that shards have their names. Of very many not each is written: write() ends it."""
         for name in names:
-            self._entries[name] = self._entries[name] | {"finished": True}
+            size = os.path.getsize(os.path.join(self.folder, name))
+            self._entries[name] |= {"finished": True, "bytes": size}
         if len(self._entries) < MANY or time.monotonic() > self._time + 1:
             self.write()
 
-    def forget(self, names):
-        """Drop the entries of shards that are no more."""
+    def keep(self, names, facts):
+        """Note that shards which are there already are as these facts tell: files may have moved.
+
+        write() writes it."""
         for name in names:
-            self._entries.pop(name, None)
+            self._entries[name] |= facts
+
+    def forget_missing(self):
+        """Drop the entries of shards that are no more."""
+        for name in self.names():
+            if not os.path.lexists(os.path.join(self.folder, name)):
+                del self._entries[name]
         self.write()
 
     def strangers(self, names):
@@ -135,16 +148,28 @@ def _entries(content):
         made = manifest.get("format")
         raise ValueError(f"of another version: format {made!r}, not {FORMAT}")
     for name, entry in manifest["shards"].items():
-        whole = isinstance(entry, dict)
-        whole = whole and all(isinstance(entry.get(part), kind) for part, kind in PARTS.items())
-        whole = whole and entry["sources"]
-        if not whole or not all(map(_is_source, entry["sources"])):
+        if not _is_name(name) or not _is_entry(entry):
             raise ValueError(f"damaged: the entry of {name} is not whole")
     return manifest["shards"]
 
 
-def _is_source(source):
-    return isinstance(source, dict) and isinstance(source.get("path"), str)
+def _is_name(name):
+    """Whether it is a shard's, in the manifest's own folder."""
+    return part_of(name) and os.path.basename(name) == name
+
+
+def _is_entry(entry):
+    if not isinstance(entry, dict):
+        return False
+    if not all(isinstance(entry.get(part), kind) for part, kind in PARTS.items()):
+        return False
+    numbers = [entry["tokenizer"].get(key) for key in ("n_vocab", "fingerprint")]
+    sources = entry["sources"]
+    return (
+        all(type(number) is int for number in numbers)
+        and len(sources) > 0
+        and all(isinstance(s, dict) and isinstance(s.get("path"), str) for s in sources)
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -176,13 +201,18 @@ def path_of(source):
     return source["path"]
 
 
-def contents(source):
+def content_of(source):
     """What tells a source's contents, as a text, wherever it lies."""
     return str(sorted(item for item in source.items() if item[0] != "path"))
 
 
+def contents(sources):
+    """That of each: a file may be moved, and equal ones are one text."""
+    return [content_of(source) for source in sources]
+
+
 def same_contents(entry, facts):
-    return list(map(contents, entry["sources"])) == list(map(contents, facts["sources"]))
+    return contents(entry["sources"]) == contents(facts["sources"])
 
 
 def same_paths(entry, facts):
@@ -190,7 +220,16 @@ def same_paths(entry, facts):
 
 
 def difference(entry, facts):
-    """How an entry's shard was made otherwise, "val_fraction=0.05, not 0.1"; "" if it was not."""
+    """What an entry's shard has otherwise, "val_fraction=0.05, not 0.1"; "" if nothing.
+
+    Paths do not count."""
+    if not same_contents(entry, facts):
+        return other_settings(entry, facts) or "other contents of its source"
+    return other_settings(entry, facts)
+
+
+def other_settings(entry, facts):
+    """The same of the settings and the tokenizer alone."""
     before = entry["settings"]
     now = facts["settings"]
     for key in sorted({*before, *now}):
@@ -200,7 +239,7 @@ def difference(entry, facts):
 
 
 def other_tokenizer(entry, facts):
-    """The same of the tokenizer alone: it is told by its fingerprint, not by its name."""
+    """The same of the tokenizer alone, which is told by its fingerprint, not by its name."""
     before = entry["tokenizer"]
     now = facts["tokenizer"]
     for key in ("n_vocab", "fingerprint"):
