@@ -51,6 +51,7 @@ if __name__ == "__main__":  # a tokenizer's libraries take a while: what is mist
 
 import collections
 import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -141,11 +142,11 @@ def split(examples, val_fraction, seed):
     """({"train": numbers, "val": numbers}, how many repeat another), in a random order.
 
     By examples, not rows: packing changes nothing. Those that are the same are on one side."""
-    same = collections.defaultdict(list)  # {example: its numbers}
+    same = collections.defaultdict(list)  # {hash of an example: its numbers}
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
-    keys = [(e.tokens.tobytes(), e.flags.tobytes()) for e in examples]
     for i in order:
-        same[keys[i]].append(i)
+        e = examples[i]
+        same[hashlib.blake2b(e.tokens.tobytes() + e.flags.tobytes()).digest()].append(i)
     held_out = round(len(examples) * val_fraction)
     in_val = set()
     for numbers in same.values():  # in the order of the first of each
