@@ -129,6 +129,7 @@ def write(path, config, tensors, like=None, check=None, encoding=None):
     files = tokenizer_files(like) if like else []
     temporary = None
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = temporary_folder(path)
         # read config.json back: does it say all that the model is?
         write_json(os.path.join(temporary, "config.json"), config)
@@ -176,7 +177,7 @@ def _tokenizer(name):
 def main(s):
     check(s)
     try:
-        model, name = load_model(s.out_dir, "cpu")
+        model, name = load_model(os.path.expanduser(s.out_dir), "cpu")
         like, encoding = _tokenizer(name)
         save(model, s.export, like, s.int8, encoding=encoding)
     except ValueError as e:

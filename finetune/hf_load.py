@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from finetune.adapters import LowRank, put_low_rank
-from finetune.fields import read_json
+from finetune.fields import read_json, shown
 from finetune.hf_config import settings
 from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
 from finetune.paths import local
@@ -131,7 +131,7 @@ def _check_names(model, path, held, wanted):
         raise ValueError(f"{path}: there is no tensor {name}")
     for name in sorted(set(held) - expected):
         place = model.config.architecture
-        raise ValueError(f"{held[name]}: tensor {name} has no place in {place}")
+        raise ValueError(f"{held[name]}: tensor {shown(name)} has no place in {place}")
 
 
 def _is_int8(held, name):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import tiktoken
 
 from finetune import chat
-from finetune.fields import Fields, read_json
+from finetune.fields import Fields, read_json, shown
 from finetune.paths import is_hub_name, local
 from run.files import check_file
 from run.text import first_line, valid
@@ -331,7 +331,7 @@ def _read_sentencepiece(path, folder):
     added = _added_tokens(folder)  # beyond the model's size
     for token, i in added.items():
         if ids.get(token, i) != i or i < size and model.id_to_piece(i) != token:
-            raise ValueError(f"{folder}: the added token {ascii(token)} is not {i} in {path}")
+            raise ValueError(f"{folder}: the added token {shown(token)} is not {i} in {path}")
     ids.update(added)
     special |= added.keys()
 
@@ -413,7 +413,7 @@ def _with_special_tokens(encoding, folder):
     names = {}
     for token, i in _added_tokens(folder).items():
         if i < first:
-            raise ValueError(f"{folder}: the added token {ascii(token)} has the number of a rank")
+            raise ValueError(f"{folder}: the added token {shown(token)} has the number of a rank")
         names[i] = token
     # LLaMA-3.1's, where the settings have no name for a place, and the name for no other place
     given = set(names.values())
@@ -480,7 +480,7 @@ def _added_tokens(folder):
     listed = _settings(folder, "tokenizer_config.json").object("added_tokens_decoder")
     for i in listed.found:
         if not re.fullmatch("[0-9]{1,9}", i):
-            raise ValueError(f"{listed.where}: {ascii(i)[:60]} is no token's number")
+            raise ValueError(f"{listed.where}: {shown(i)} is no token's number")
         added[listed.object(i).text("content")] = int(i)
     _check_ids(added, folder)
     return added
@@ -491,9 +491,9 @@ def _check_ids(ids, path):
     token_of = {}
     for token, i in ids.items():
         if i >= MOST:
-            raise ValueError(f"{path}: the token {ascii(token)[:60]} has the number {i}")
+            raise ValueError(f"{path}: the token {shown(token)} has the number {i}")
         if token_of.setdefault(i, token) != token:
-            both = f"{ascii(token_of[i])[:60]} and {ascii(token)[:60]}"
+            both = f"{shown(token_of[i])} and {shown(token)}"
             raise ValueError(f"{path}: the tokens {both} have one number, {i}")
 
 

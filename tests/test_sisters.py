@@ -744,4 +744,4 @@ def test_welore_refuses_what_it_cannot_compress(pretrained, tmp_path):
                         ([f"--model={pretrained}", f"--out={tmp_path}/x", "--device=foo"], "foo")):
         with pytest.raises(SystemExit, match=f"^error: .*{word}"):
             welore.main(configure(welore, argv=flags))
-    assert os.listdir(tmp_path) == ["low"]
+    assert [path.name for path in tmp_path.iterdir()] == ["low"]
