@@ -168,6 +168,8 @@ def _tokenizer(name):
         encoding = get_encoding(name)
         if isinstance(encoding, tiktoken.Encoding):
             return None, encoding
+        if not os.path.basename(path).startswith("tokenizer"):
+            raise ValueError(f"its file has a name of its own, {name}: copy it")
         return os.path.dirname(path) or ".", None
     except (ValueError, SystemExit) as e:
         print(f"note: the export has no tokenizer: {first_line(e).removeprefix('error: ')}")

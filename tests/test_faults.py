@@ -17,6 +17,7 @@ from functools import partial
 import pytest
 import tiktoken
 import torch
+from safetensors.torch import load_file, save_file
 
 from configurator import configure
 from finetune import chat, hf, hf_files, welore
@@ -380,6 +381,21 @@ def test_a_place_that_cannot_be_written_is_said_first(module, key, checkpoint, t
         line = refusal(module.main, s)
         assert line.startswith(f"error: {tmp_path}/{place}: {word}")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]
+
+
+def test_welore_drops_no_tensor_and_asks_first(checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "copy"
+    shutil.copytree(checkpoint, path)
+    (path / "tokenizer_config.json").unlink()
+    (path / "tokenizer_config.json").mkdir()
+    monkeypatch.setattr(welore, "settings", fail)
+    assert "is a folder" in refusal(welore.compress, str(path), f"{tmp_path}/out")
+    assert "exists" in refusal(welore.compress, checkpoint, str(path))
+    monkeypatch.undo()
+    (path / "tokenizer_config.json").rmdir()
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {"model.layers.0.bias": torch.ones(3)}, path / "model.safetensors")
+    assert "model.layers.0.bias" in refusal(welore.compress, str(path), f"{tmp_path}/out")
 
 
 def test_an_export_that_fails_leaves_nothing(checkpoint, tmp_path, monkeypatch):
