@@ -13,9 +13,16 @@ A prompt and its completion become one example, with an end-of-text token after 
 "messages", [{"role", "content"}], goes through the checkpoint's chat template, and all that the
 assistant says counts in the loss.
 
+What else a record has ("tools") goes to the template if it asks for it by name. What of a record is
+in no example is said, and so is what makes none, with its reason.
+
 Rows have block_size + 1 tokens and hold whole examples. A shard is prepare_c4.py's with the row
 length in its header and, after the tokens, a byte of flags for each (run/shards.py has the
-format). Bit 0: it counts in the loss. Bit 1: an example starts here. Older shards are replaced.
+format). Bit 0: it counts in the loss. Bit 1: an example starts here.
+
+A folder holds one data set. What an earlier command made of the same files is replaced; shards of
+anything else are left alone, and nothing is added to them. But a training set (--val_fraction=0)
+and a validation set (--val_fraction=1) of two files may share a folder.
 """
 
 import sys
@@ -52,11 +59,14 @@ import string
 import numpy as np
 from tqdm import tqdm
 
+from finetune.conversations import conversation, template_fields, unused, without_nothing
 from finetune.tokenizer import Tokenizer
+from prepare_c4 import PIECE, last_cut
 from run.encodings import fingerprint, get_encoding
-from run.files import parse_json, replacing, sweep, sync
-from run.manifest import Manifest, alone_in, contents, difference, facts, source
-from run.records import Skipped, kind_of, matching, records, stem_of
+from run.files import replacing, sweep, sync
+from run.manifest import (Manifest, alone_in, contents, difference, facts, other_tokenizer,
+                          same_contents, same_paths, source)
+from run.records import Skipped, matching, records, stem_of, table_or_json
 from run.shards import IN_LOSS, STARTS, part_of, shard_parts
 from run.text import first_line
 
@@ -74,18 +84,20 @@ def main(s):
 def prepare_sft(s):
     """Make the two shards that the settings describe (see above)."""
     # what can be wrong before anything is read
+    if not s.out_dir:
+        raise SystemExit("error: out_dir is empty: name the folder for the shards")
     paths = matching(s.input)
     for path in paths:
-        kind_of(path)
+        table_or_json(path)
     out_dir = os.path.expanduser(s.out_dir)
     templates(s)
-    enc = get_encoding(s.encoding)
+    enc = get_encoding(os.path.expanduser(s.encoding))
     made = facts_of(s, paths, enc)
     check_folder(out_dir, names_of(s, paths), made)
 
     # examples, each as long as a row at most
-    examples = read_examples(paths, enc, s)
-    examples, truncated, dropped = shorten(examples, s.block_size + 1)
+    found = read_examples(paths, enc, s)
+    examples, truncated, dropped = shorten(found, s.block_size + 1)
     if not examples:
         raise SystemExit(
             f"error: {s.input}: no usable example ({dropped} longer than block_size {s.block_size})"
@@ -188,7 +200,7 @@ def check_folder(out_dir, names, made):
         entry = manifest.entry(name)
         if entry is None:
             why = "was made of something that shards.json does not tell"
-        elif is_of_same_files(entry, made):
+        elif same_paths(entry, made) or same_contents(entry, made):
             if name in names:
                 continue
             why = "was made of the same input, with another split"
@@ -202,18 +214,8 @@ def check_folder(out_dir, names, made):
             raise SystemExit(f"error: {path}: {why}; delete it or set another --out_dir")
 
 
-def is_of_same_files(entry, made):
-    """Whether an entry of shards.json is of these very files, whatever is in them now."""
-
-    def paths(facts):
-        return sorted(source["path"] for source in facts["sources"])
-
-    return paths(entry) == paths(made) or contents(entry["sources"]) == contents(made["sources"])
-
-
 def shares_a_text(entry, made):
-    texts = contents(entry["sources"])
-    return any(text in texts for text in contents(made["sources"]))
+    return not set(contents(entry["sources"])).isdisjoint(contents(made["sources"]))
 
 
 def other_kind(entry, made):
@@ -223,9 +225,8 @@ def other_kind(entry, made):
         now = made["settings"][name]
         if before != now:
             return f"was made with {name}={before}, not {now}"
-    if entry["tokenizer"].get("fingerprint") != made["tokenizer"]["fingerprint"]:
-        return f"was made with the tokenizer {entry['tokenizer'].get('name')}"
-    return ""
+    other = other_tokenizer(entry, made)
+    return other and f"was made with {other}"
 
 
 def write_shards(shards, out_dir, made):
@@ -244,7 +245,7 @@ def write_shards(shards, out_dir, made):
                 f = stack.enter_context(replacing(os.path.join(out_dir, name)))
                 f.writelines(parts)
                 sync(f)
-            manifest.begin(shards, made)
+            manifest.begin(dict.fromkeys(shards, made))
             stack.close()
             manifest.finish(shards)
     except OSError as e:
@@ -322,144 +323,6 @@ def prompt_and_completion(record, prompt, completion, words):
 
 
 # -----------------------------------------------------------------------------
-# conversations
-
-
-def conversation(enc, messages, fields=None):
-    """[(text, whether it counts)] of one conversation.
-
-    fields: what else the chat template gets, such as tools. What counts is all that the assistant
-    says, with the token that ends it. Raises ValueError if the messages are none, and KeyError if
-    one has no role."""
-    messages = plain(messages)
-    answers = _answers(messages)
-    whole = enc.render(messages, fields=fields)
-    pieces = []
-    at = 0  # where the next piece starts in `whole`
-    for i in answers:
-        # an answer lies between what is written up to its start and what is written through it
-        before = enc.render(messages[:i], add_generation_prompt=True, fields=fields)
-        through = enc.render(messages[: i + 1], fields=fields)
-        one_by_one = through.startswith(before) and whole.startswith(through)
-        if not one_by_one or len(before) < at:
-            raise SystemExit(
-                f"message {i + 1}: the chat template of {enc.name} does not write a conversation "
-                "message by message, so that what the assistant says cannot be found in it"
-            )
-        end = len(through)
-        # many templates write a newline after the end token, which nobody needs to learn
-        stripped = through.rstrip()
-        if stripped.endswith(tuple(enc.special)):
-            end = len(stripped)
-        said = whole[len(before) : end]
-        if not re.sub("|".join(map(re.escape, enc.special)), "", said).strip():
-            raise ValueError("the assistant says nothing that the chat template writes")
-        pieces.append((whole[at : len(before)], False))
-        pieces.append((said, True))
-        at = end
-    pieces.append((whole[at:], False))
-    return pieces
-
-
-def plain(messages):
-    """`messages` with contents as one text each, where they are lists of parts, or None.
-
-    Raises ValueError if they are no messages, or a part is no text."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError('its messages are no list of {"role", "content"}')
-    return [_with_one_text(message) for message in messages]
-
-
-def _with_one_text(message):
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return message | {"content": ""}  # templates join it to texts
-    if not isinstance(content, list):
-        return message
-    texts = []
-    for part in content:
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif isinstance(part, str):
-            texts.append(part)
-        else:
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"a part of a message's content is not a text but {kind!r}")
-    return message | {"content": "".join(texts)}
-
-
-def _answers(messages):
-    """The places of the assistant's messages. Raises ValueError or KeyError as conversation()."""
-    places = []
-    for i, message in enumerate(messages):
-        if not isinstance(message["role"], str) or not isinstance(message.get("content"), str):
-            raise ValueError("a message's role or content is not a text")
-        if message["role"] == "assistant":
-            if not message["content"].strip() and not message.get("tool_calls"):
-                raise ValueError("the assistant says nothing")
-            places.append(i)
-    if not places:
-        raise ValueError("it has no message of the assistant")
-    return places
-
-
-def template_fields(enc, record):
-    """The fields of a chat record that its template asks for, {name: value}.
-
-    Raises ValueError if its tools are none."""
-    fields = {}
-    for name, value in without_nothing(record).items():
-        if name in enc.template_names and name not in ("messages", "add_generation_prompt"):
-            fields[name] = value
-    for name in ("tools", "documents"):
-        if isinstance(fields.get(name), str):  # data sets whose columns have one type spell it so
-            with contextlib.suppress(ValueError):
-                fields[name] = parse_json(fields[name])
-        if name in fields and not isinstance(fields[name], list):
-            raise ValueError(f"its {name} are no list")
-    return fields
-
-
-def unused(enc, record, prompt, completion, chat):
-    """What of a record that made an example is not in it, a list of short texts."""
-    record = without_nothing(record)
-    if not chat or "messages" not in record:
-        used = fields_in(prompt) | fields_in(completion)
-        return [f"the field {name!r}" for name in record if name not in used]
-    fields = template_fields(enc, record)
-    found = [f"the field {name!r}" for name in record if name not in fields and name != "messages"]
-
-    # of the messages: what changes nothing in what the template writes
-    messages = plain(record["messages"])
-    whole = enc.render(messages, fields=fields)
-
-    def changes(others):
-        try:
-            return enc.render(others, fields=fields) != whole
-        except ValueError:
-            return True  # the template asks for it
-
-    names = {name for m in messages for name in without_nothing(m)}
-    for name in sorted(names - {"role", "content"}):
-        others = [{key: m[key] for key in m if key != name} for m in messages]
-        if not changes(others):
-            found.append(f"the messages' field {name!r}")
-    for role in sorted({m["role"] for m in messages if m["content"]}):
-        others = []
-        for m in messages:
-            more = "x" if m["role"] == role and m["content"] else ""
-            others.append(m | {"content": m["content"] + more})
-        if not changes(others):
-            found.append(f"the messages of the role {role!r}")
-    return found
-
-
-def without_nothing(fields):
-    """The fields that have something in them."""
-    return {name: value for name, value in fields.items() if value not in (None, "", [], {})}
-
-
-# -----------------------------------------------------------------------------
 # examples
 
 
@@ -470,16 +333,37 @@ def encode(encode_text, pieces):
     start marked as a word's by sentencepiece. Else they are those of the pieces, as the model will
     see a prompt by itself ("Answer: " + "4")."""
     texts, counts = zip(*pieces)
-    prefixes = [encode_text(text) for text in itertools.accumulate(texts)]
+    prefixes = [in_slices(encode_text, text) for text in itertools.accumulate(texts)]
     ids = prefixes[-1]  # the whole text's
     ends = [len(prefix) for prefix in prefixes]  # of each piece in ids
     # a token that spans two pieces: each piece by itself
     if any(prefix != ids[: len(prefix)] for prefix in prefixes):
-        parts = [encode_text(text) for text in texts]
+        parts = [in_slices(encode_text, text) for text in texts]
         ids = list(itertools.chain(*parts))
         ends = list(itertools.accumulate(map(len, parts)))
     flags = np.where(counts, IN_LOSS, 0)
     return ids, np.repeat(flags, np.diff(ends, prepend=0)).tolist()
+
+
+def not_in_example(enc, record, prompt, completion, chat):
+    """What of a record that made an example is not in it, a list of short texts."""
+    if chat and "messages" in record:
+        return unused(enc, record)
+    used = fields_in(prompt) | fields_in(completion)
+    return [f"the field {name!r}" for name in without_nothing(record) if name not in used]
+
+
+def in_slices(encode_text, text):
+    """The ids of a text; tiktoken gives up on a million spaces, so that a very long one is cut."""
+    ids = []
+    start = 0
+    while len(text) - start > PIECE:
+        end = last_cut(text, start, start + PIECE)
+        if end == start:
+            end = start + PIECE
+        ids += encode_text(text[start:end])
+        start = end
+    return ids + encode_text(text[start:])
 
 
 def example(enc, record, prompt="{prompt}", completion="{completion}", words=(), chat=True):
@@ -510,11 +394,10 @@ def example(enc, record, prompt="{prompt}", completion="{completion}", words=(),
 
 
 def read_examples(paths, enc, s):
-    """The examples in all files, by the settings columns, prompt, completion and labels.
+    """Yield the examples in all files, by the settings columns, prompt, completion and labels.
 
     Says of each file what was left out, and what of its records is in no example."""
     prompt, completion, words, chat = templates(s)
-    examples = []
     for path in paths:
         total = 0
         skipped = Skipped()
@@ -525,8 +408,8 @@ def read_examples(paths, enc, s):
             try:
                 if isinstance(record, ValueError):
                     raise record
-                examples.append(example(enc, record, prompt, completion, words, chat))
-                for what in unused(enc, record, prompt, completion, chat):
+                made = example(enc, record, prompt, completion, words, chat)
+                for what in not_in_example(enc, record, prompt, completion, chat):
                     not_used.add(what, where)
             except KeyError:  # the file's structure is another: all of its records will be so
                 raise SystemExit(
@@ -536,10 +419,11 @@ def read_examples(paths, enc, s):
                 raise SystemExit(f"error: {path}, {where}: {str(e.code).removeprefix('error: ')}")
             except ValueError as e:
                 skipped.add(first_line(e), where)
+            else:
+                yield made
         skipped.say(path, total)
         for what, (count, where) in not_used.items():
             print(f"{path}: not used: {what} ({count:,} of {total:,} records; the first: {where})")
-    return examples
 
 
 def shorten(examples, size):
@@ -548,12 +432,15 @@ def shorten(examples, size):
     Dropped is what has no target left."""
     kept = []
     truncated = 0
+    dropped = 0
     for e in examples:
-        short = Example(e.tokens[:size], e.flags[:size])
+        short = Example(e.tokens[:size].copy(), e.flags[:size].copy())  # not a view of a long one
         if (short.flags & IN_LOSS).any():
             kept.append(short)
             truncated += len(e.tokens) > size
-    return kept, truncated, len(examples) - len(kept)
+        else:
+            dropped += 1
+    return kept, truncated, dropped
 
 
 # -----------------------------------------------------------------------------

@@ -6,11 +6,12 @@ shards.json, beside the shards of a folder: of what each of them was made, and h
         "sources": [{"path": "/texts/x.txt", "size": 19, "blake2b": "..."}],
         "tokenizer": {"name": "gpt2", "n_vocab": 50257, "fingerprint": 1352840262},
         "settings": {"maker": "prepare_c4", "val_fraction": 0.05},
-        "finished": true}}}
+        "finished": true,
+        "bytes": 1062}}}
 
-What makes shards looks here before it keeps one. What does not match is made again, or refused:
-no folder holds a text twice, or tokens of two kinds. Training needs no such file, as llm.c's
-shards have none.
+What makes shards looks here before it keeps one. What does not match is made again, or refused,
+so that no folder mixes what two commands made. Training needs no such file, as llm.c's shards have
+none.
 
 An entry is first written unfinished, then its shards take their names, then it is finished. So
 a stop at any moment leaves shards that are known to be whole, or known to be made again.
@@ -19,7 +20,9 @@ a stop at any moment leaves shards that are known to be whole, or known to be ma
 import contextlib
 import hashlib
 import json
+import math
 import os
+import time
 
 from run.encodings import fingerprint
 from run.files import check_file, fcntl, parse_json, replacing
@@ -27,6 +30,7 @@ from run.shards import part_of
 
 NAME = "shards.json"
 FORMAT = 1  # raised when what an entry holds changes
+MANY = 500  # entries; writing so many takes a while
 PARTS = {"sources": list, "tokenizer": dict, "settings": dict, "finished": bool}  # of an entry
 
 
@@ -37,7 +41,9 @@ class Manifest:
 
     def __init__(self, folder, entries):
         self.folder = folder
-        self._entries = entries  # {name: its facts, and whether it is "finished"}
+        self._entries = entries  # {name: its facts, whether it is "finished", and its "bytes"}
+        self._written = self._content()  # as it was last written
+        self._time = -math.inf  # when
 
     @classmethod
     def read(cls, folder):
@@ -67,26 +73,39 @@ class Manifest:
         return self._entries.get(name)
 
     def is_finished(self, name):
-        """Whether a shard took its name after all that its entry says was done."""
-        return name in self._entries and self._entries[name]["finished"]
+        """Whether the shard of that name is the one that was made."""
+        entry = self._entries.get(name)
+        if entry is None or not entry["finished"]:
+            return False
+        return entry.get("bytes") == os.path.getsize(os.path.join(self.folder, name))
 
-    def begin(self, names, facts):
-        """Note that shards are about to take these names: until finish(), they are not whole."""
-        for name in names:
+    def begin(self, entries):
+        """Note that shards are to be made, {name: facts}: until finish(), they are not whole."""
+        for name, facts in entries.items():
             self._entries[name] = facts | {"finished": False}
-        self._write()
+        self.write()
 
     def finish(self, names):
-        """Note that they have their names."""
+        """Note that shards have their names. Of very many not each is written: write() ends it."""
         for name in names:
-            self._entries[name] = self._entries[name] | {"finished": True}
-        self._write()
+            size = os.path.getsize(os.path.join(self.folder, name))
+            self._entries[name] |= {"finished": True, "bytes": size}
+        if len(self._entries) < MANY or time.monotonic() > self._time + 1:
+            self.write()
 
-    def forget(self, names):
-        """Drop the entries of shards that are no more."""
+    def keep(self, names, facts):
+        """Note that shards which are there already are as these facts tell: files may have moved.
+
+        write() writes it."""
         for name in names:
-            self._entries.pop(name, None)
-        self._write()
+            self._entries[name] |= facts
+
+    def forget_missing(self):
+        """Drop the entries of shards that are no more."""
+        for name in self.names():
+            if not os.path.lexists(os.path.join(self.folder, name)):
+                del self._entries[name]
+        self.write()
 
     def strangers(self, names):
         """The shards in the folder that train.py would read beside `names`, sorted."""
@@ -100,13 +119,21 @@ class Manifest:
             return f"something that {NAME} does not tell"
         paths = [source["path"] for source in entry["sources"]]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        return f"{paths[0]}{more}" if paths else "nothing"
+        return paths[0] + more
 
-    def _write(self):
-        """Raises OSError, with a file's name in it."""
-        content = {"format": FORMAT, "shards": dict(sorted(self._entries.items()))}
+    def write(self):
+        """Write the file, if anything was noted since. Raises OSError, with a file's name in it."""
+        content = self._content()
+        if content == self._written:
+            return
         with replacing(os.path.join(self.folder, NAME)) as f:
-            f.write(json.dumps(content, indent=1).encode())
+            f.write(content)
+        self._written = content
+        self._time = time.monotonic()
+
+    def _content(self):
+        content = {"format": FORMAT, "shards": dict(sorted(self._entries.items()))}
+        return json.dumps(content, indent=1).encode()
 
 
 def _entries(content):
@@ -121,15 +148,28 @@ def _entries(content):
         made = manifest.get("format")
         raise ValueError(f"of another version: format {made!r}, not {FORMAT}")
     for name, entry in manifest["shards"].items():
-        whole = isinstance(entry, dict)
-        whole = whole and all(isinstance(entry.get(part), kind) for part, kind in PARTS.items())
-        if not whole or not all(_is_source(source) for source in entry["sources"]):
+        if not _is_name(name) or not _is_entry(entry):
             raise ValueError(f"damaged: the entry of {name} is not whole")
     return manifest["shards"]
 
 
-def _is_source(source):
-    return isinstance(source, dict) and isinstance(source.get("path"), str)
+def _is_name(name):
+    """Whether it is a shard's, in the manifest's own folder."""
+    return part_of(name) and os.path.basename(name) == name
+
+
+def _is_entry(entry):
+    if not isinstance(entry, dict):
+        return False
+    if not all(isinstance(entry.get(part), kind) for part, kind in PARTS.items()):
+        return False
+    numbers = [entry["tokenizer"].get(key) for key in ("n_vocab", "fingerprint")]
+    sources = entry["sources"]
+    return (
+        all(type(number) is int for number in numbers)
+        and len(sources) > 0
+        and all(isinstance(s, dict) and isinstance(s.get("path"), str) for s in sources)
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -157,27 +197,54 @@ def source(path):
     return {"path": os.path.abspath(path), "size": size, "blake2b": digest.hexdigest()}
 
 
+def path_of(source):
+    return source["path"]
+
+
+def content_of(source):
+    """What tells a source's contents, as a text, wherever it lies."""
+    return str(sorted(item for item in source.items() if item[0] != "path"))
+
+
 def contents(sources):
-    """The sources without their paths: a file may be moved. Equal contents are one text."""
-    return [{key: s[key] for key in s if key != "path"} for s in sources]
+    """That of each: a file may be moved, and equal ones are one text."""
+    return [content_of(source) for source in sources]
+
+
+def same_contents(entry, facts):
+    return contents(entry["sources"]) == contents(facts["sources"])
+
+
+def same_paths(entry, facts):
+    return list(map(path_of, entry["sources"])) == list(map(path_of, facts["sources"]))
 
 
 def difference(entry, facts):
-    """What an entry has otherwise than wanted, "val_fraction=0.05, not 0.1"; "" if nothing.
+    """What an entry's shard has otherwise, "val_fraction=0.05, not 0.1"; "" if nothing.
 
-    Paths do not count, and neither do the names of tokenizers: contents and fingerprints do."""
-    tokenizer = entry["tokenizer"]
-    wanted = facts["tokenizer"]
+    Paths do not count."""
+    if not same_contents(entry, facts):
+        return other_settings(entry, facts) or "other contents of its source"
+    return other_settings(entry, facts)
+
+
+def other_settings(entry, facts):
+    """The same of the settings and the tokenizer alone."""
+    before = entry["settings"]
+    now = facts["settings"]
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            return f"{key}={before.get(key)}, not {now.get(key)}"
+    return other_tokenizer(entry, facts)
+
+
+def other_tokenizer(entry, facts):
+    """The same of the tokenizer alone, which is told by its fingerprint, not by its name."""
+    before = entry["tokenizer"]
+    now = facts["tokenizer"]
     for key in ("n_vocab", "fingerprint"):
-        if tokenizer.get(key) != wanted[key]:
-            return f"encoding={tokenizer.get('name')}, not {wanted['name']}"
-    for key in sorted({*entry["settings"], *facts["settings"]}):
-        before = entry["settings"].get(key)
-        now = facts["settings"].get(key)
-        if before != now:
-            return f"{key}={before}, not {now}"
-    if contents(entry["sources"]) != contents(facts["sources"]):
-        return "other contents of its source"
+        if before.get(key) != now[key]:
+            return f"encoding={before.get('name')}, not {now['name']}"
     return ""
 
 

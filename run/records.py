@@ -25,6 +25,7 @@ import re
 import zlib
 
 from run.files import check_file, parse_json
+from run.manifest import NAME as MANIFEST
 from run.text import first_line
 
 BLOCK = 1 << 20  # bytes of lines that go to a worker at a time
@@ -54,7 +55,14 @@ def matching(pattern, name="input"):
     if not os.path.exists(pattern):
         escaped = pattern.replace("[", "[[]")
         found = glob.glob(pattern, recursive=True) or glob.glob(escaped, recursive=True)
+    # shards.json lies beside shards, and tells of them
+    found = [path for path in found if path == pattern or os.path.basename(path) != MANIFEST]
     files = sorted(path for path in found if not os.path.isdir(path))
+    for path in files:
+        try:
+            check_file(path)
+        except OSError as e:
+            raise SystemExit(f"error: {path}: {e.strerror}")
     if files:
         return files
     why = "no such file"
@@ -74,12 +82,25 @@ def kind_of(path):
     return kind.lower(), compression and compression.lower()
 
 
+def table_or_json(path):
+    """The kind of a file of records. Exits with one line if it is of another."""
+    kind, _ = kind_of(path)
+    if kind == "txt":
+        raise SystemExit(
+            f"error: {path}: is text, where records were expected: .jsonl, .json, .csv or .tsv"
+        )
+    return kind
+
+
 def stem_of(path):
     """What the shards of a file are called by: its name without endings.
 
-    There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too."""
+    There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too. Nor is it
+    hidden, or too long for a file's name."""
     name = os.path.basename(path)
-    return re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I).replace("_", "-")
+    stem = re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I)
+    stem = stem.replace("_", "-").lstrip(".")
+    return os.fsencode(stem)[:150].decode(errors="ignore") or "text"
 
 
 class Skipped(dict):
@@ -143,16 +164,20 @@ class Source(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        with self._refusing():
-            while not self.pending:
-                data = self.stream.read(len(buffer))
-                self.pending = self._as_utf8(data, final=not data)
-                if not data:
-                    break
-        count = min(len(buffer), len(self.pending))
-        buffer[:count] = self.pending[:count]
-        self.pending = self.pending[count:]
+        count = 0
+        while count < len(buffer) and (self.pending or self._more()):
+            some = self.pending[: len(buffer) - count]
+            buffer[count : count + len(some)] = some
+            self.pending = self.pending[len(some) :]
+            count += len(some)
         return count
+
+    def _more(self):
+        """Read on; False at the end."""
+        with self._refusing():
+            data = self.stream.read(1 << 16)
+            self.pending = memoryview(self._as_utf8(data, final=not data))
+        return bool(data)
 
     def close(self):
         if not self.closed and hasattr(self, "file"):
@@ -290,9 +315,7 @@ def records(path, columns=""):
 
     columns: the fields of a .csv or .tsv, comma separated; "": its first row names them. Exits with
     one line if the file cannot be read."""
-    kind, _ = kind_of(path)
-    if kind == "txt":
-        raise SystemExit(f"error: {path}: is text, where records were expected: .jsonl, .csv, .tsv")
+    kind = table_or_json(path)
     with open_source(path) as stream:
         try:
             for block in record_blocks(stream, kind, columns):

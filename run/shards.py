@@ -29,7 +29,7 @@ import re
 
 import numpy as np
 
-from run.files import replacing
+from run.files import check_file, replacing
 
 LAYOUTS = {  # magic: version, type of a token
     20240520: (1, np.dtype("<u2")),
@@ -55,14 +55,23 @@ def part_of(name):
 
 
 def shard_paths(folder, part):
-    """The shards of a part, "train" or "val", of a folder, sorted."""
-    found = os.listdir(folder) if os.path.isdir(folder) else []
+    """The shards of a part, "train" or "val", of a folder, sorted; none where there is no folder.
+
+    Exits with one line if it cannot be read."""
+    folder = os.path.expanduser(folder)
+    try:
+        found = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise SystemExit(f"error: {folder}: {e.strerror}")
     return sorted(os.path.join(folder, name) for name in found if part_of(name) == part)
 
 
 def open_shard(path):
     """The Shard in a file, memory-mapped. Exits with one line if it is not whole."""
     try:
+        check_file(path)
         size = os.path.getsize(path)
         header = np.fromfile(path, "<i4", 256)
     except OSError as e:

@@ -689,6 +689,94 @@ def test_without_a_prompt_all_but_the_first_token_is_learned():
     assert found.flags.tolist() == [2, 1, 1, 1]
 
 
+TOOL_TEMPLATE = """{%- if tools %}{{ '<|start|>tools\n' + tools | tojson + '\n' }}{% endif %}
+{%- for m in messages if m.role != 'system' %}
+    {{- '<|start|>' + m.role + '\n' + m.content }}
+    {%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}
+    {%- if m.role == 'tool' %}{{ ' by ' + m.name }}{% endif %}
+    {{- '<|end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant\n' }}{% endif %}"""
+CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": [1, 2]}}}
+TOOLS = [{"type": "function", "function": {"name": "sum", "description": "adds"}}]
+WITH_TOOLS = {
+    "id": 7,
+    "tools": TOOLS,
+    "documents": None,
+    "messages": [
+        message("system", "be good"),
+        message("user", [{"type": "text", "text": "how "}, {"type": "text", "text": "many"}]),
+        message("assistant", None) | {"tool_calls": [CALL]},
+        message("tool", "3") | {"name": "sum", "tool_call_id": "1"},
+        message("assistant", "3 films") | {"reasoning_content": "easy"},
+    ],
+}
+
+
+def with_template(chat, folder, template, **settings):
+    """The chat fixture's tokenizer with another template."""
+    (folder / "tokenizer.json").write_bytes(contents(f"{chat}/tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>"} | settings)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_tools_and_their_calls_reach_the_template(chat, tmp_path):
+    enc = get_encoding(with_template(chat, tmp_path, TOOL_TEMPLATE))
+    found = example(enc, WITH_TOOLS)
+    text = enc.decode(found.tokens.tolist())
+    assert text.startswith(f"<|start|>tools\n{json.dumps(TOOLS)}\n<|start|>user\nhow many<|end|>")
+    counted = enc.decode(found.tokens[found.flags & 1 > 0].tolist())
+    assert counted == f"{json.dumps([CALL])}<|end|>3 films<|end|>"
+    # as a text, in data sets whose columns have one type
+    as_text = WITH_TOOLS | {"tools": json.dumps(TOOLS)}
+    assert example(enc, as_text).tokens.tolist() == found.tokens.tolist()
+    for bad in (WITH_TOOLS | {"tools": "sum"}, WITH_TOOLS | {"tools": {"a": 1}}):
+        with pytest.raises(ValueError, match="tools are no list"):
+            example(enc, bad)
+    plain = get_encoding(chat)  # whose template does not write calls
+    silent = {"messages": WITH_TOOLS["messages"][1:3]}
+    with pytest.raises(ValueError, match="says nothing that the chat template writes"):
+        example(plain, silent)
+
+
+def test_with_tools_the_template_for_tools_is_taken(chat, tmp_path):
+    templates = [
+        {"name": "default", "template": TEMPLATE},
+        {"name": "tool_use", "template": TOOL_TEMPLATE},
+    ]
+    enc = get_encoding(with_template(chat, tmp_path, "", chat_template=templates))
+    theirs = transformers_tokenizer(str(tmp_path))
+    messages = [message("user", "a"), message("assistant", "b")]
+    for tools in (None, TOOLS):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert enc.render(messages, fields={"tools": tools}) == expected
+        assert ("tools" in expected) == (tools is not None)
+
+
+def test_what_the_template_does_not_use_is_said_once(chat, tmp_path, capsys):
+    folder = with_template(chat, tmp_path, TOOL_TEMPLATE)
+    write_lines(tmp_path / "x.jsonl", [WITH_TOOLS] * 3)
+    make(f"{tmp_path}/x.jsonl", f"{tmp_path}/out", folder, val_fraction=0)
+    said = capsys.readouterr().out.splitlines()
+    unused = [line.partition("not used: ")[2] for line in said if "not used" in line]
+    assert unused == [
+        f"{what} (3 of 3 records; the first: line 1)"
+        for what in (
+            "the field 'id'",
+            "the messages' field 'reasoning_content'",
+            "the messages' field 'tool_call_id'",
+            "the messages of the role 'system'",
+        )
+    ]
+    # where the template has no word for tools
+    record = {"tools": TOOLS, "messages": [message("user", "a"), message("assistant", "b")]}
+    write_lines(tmp_path / "y.jsonl", [record])
+    make(f"{tmp_path}/y.jsonl", f"{tmp_path}/y", chat, val_fraction=0)
+    assert "not used: the field 'tools' (1 of 1 records" in capsys.readouterr().out
+
+
 def test_a_template_that_rewrites_what_was_said_is_refused(chat, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes(contents(f"{chat}/{name}"))
