@@ -1,11 +1,11 @@
 """
 Chat templates, which are strangers' programs: they run in a process of their own.
-    python -m finetune.chat       # that process: requests and answers, a line of JSON each
 
 jinja2's sandbox keeps a template from the machine, but lets it loop for ever, or multiply a text
 until the memory is full, in a single operation that nothing in this process could stop. So a
 template has a process, SECONDS for each text and MEMORY for all; a process that takes more is
-ended. It is started with the first text, and renders the others, too.
+ended. It is started with the first text, and renders the others, too: main() takes requests and
+gives answers, a line of JSON each.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import threading
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 from run.text import first_line
@@ -37,21 +38,29 @@ class Damaged(ValueError):
     """A template that cannot be used at all: it is not jinja2, or takes more than it may."""
 
 
-def render(template, **variables):
+def render(template, variables):
     """The text that a template's source makes of variables, which JSON can spell.
 
     Raises ValueError with the template's reason if it refuses them, and Damaged."""
-    request = {"template": template, "variables": variables}
-    answer = _renderer(os.getpid()).ask(json.dumps(request))  # a fork starts its own
-    if answer is None:
+    return _ask("render", template, variables)
+
+
+def names(template):
+    """The variables that a template's source asks for, a list. Raises Damaged."""
+    return _ask("names", template)
+
+
+def _ask(*request):
+    found = _renderer(os.getpid()).ask(json.dumps(request))  # a fork starts its own
+    if found is None:
         _renderer.cache_clear()
         raise Damaged(f"takes more than {SECONDS:.0f} s, or {MEMORY // 2**20} MiB")
-    kind, text = json.loads(answer)
+    kind, value = json.loads(found)
     if kind == "damaged":
-        raise Damaged(text)
+        raise Damaged(value)
     if kind == "refused":
-        raise ValueError(text)
-    return text
+        raise ValueError(value)
+    return value
 
 
 @functools.cache
@@ -99,15 +108,19 @@ def main():
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(**json.loads(line))), flush=True)
+        print(json.dumps(answer(*json.loads(line))), flush=True)
 
 
-def answer(template, variables):
-    """["text", "refused" or "damaged", the text or the reason]."""
+def answer(what, template, variables=None):
+    """("done", "refused" or "damaged"; what was asked for, or the reason)."""
     try:
         compiled = compiled_template(template)
-    except (jinja2.TemplateError, RecursionError, MemoryError) as e:
+    except Exception as e:  # the compiler computes constants, too
         return "damaged", first_line(e)
+    environment = compiled.environment
+    if what == "names":
+        found = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        return "done", sorted(found - environment.globals.keys())
     try:
         text = compiled.render(**variables)
     except MemoryError:
@@ -116,7 +129,7 @@ def answer(template, variables):
         return "refused", first_line(e)
     if len(text) > LENGTH:
         return "damaged", f"writes more than {LENGTH} characters"
-    return "text", text
+    return "done", text
 
 
 @functools.lru_cache

@@ -34,6 +34,14 @@ def read_json(path, name, needed=True):
     return found
 
 
+def shown(value):
+    """A stranger's value in a message: in one line, and not too long."""
+    text = ascii(value)
+    if isinstance(value, str) and value.isidentifier():
+        text = value  # plain names need no quotes
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
 class Fields:
     """A JSON object, whose fields are taken with their kinds.
 
@@ -46,15 +54,13 @@ class Fields:
         self.where = where
 
     def refuse(self, key, expected):
-        shown = ascii(self.found.get(key))
-        if len(shown) > 60:
-            shown = shown[:60] + "..."
-        raise ValueError(f"{self.where}: {key} is {shown}, expected {expected}")
+        value = shown(self.found.get(key))
+        raise ValueError(f"{self.where}: {shown(key)} is {value}, expected {expected}")
 
     def take(self, key, kinds, expected, default):
         value = self.found.get(key)
         if value is None and default is REQUIRED:
-            raise ValueError(f"{self.where}: has no {key}")
+            raise ValueError(f"{self.where}: has no {shown(key)}")
         if value is None:
             return default
         if type(value) not in kinds:  # true is no number
@@ -90,4 +96,4 @@ class Fields:
     def object(self, key):
         """The Fields of an object; empty where it is missing."""
         value = self.take(key, (dict,), "an object", {})
-        return Fields(value, f"{self.where}: {key}")
+        return Fields(value, f"{self.where}: {shown(key)}")

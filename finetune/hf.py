@@ -129,6 +129,7 @@ def write(path, config, tensors, like=None, check=None, encoding=None):
     files = tokenizer_files(like) if like else []
     temporary = None
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = temporary_folder(path)
         # read config.json back: does it say all that the model is?
         write_json(os.path.join(temporary, "config.json"), config)
@@ -167,6 +168,8 @@ def _tokenizer(name):
         encoding = get_encoding(name)
         if isinstance(encoding, tiktoken.Encoding):
             return None, encoding
+        if not os.path.basename(path).startswith("tokenizer"):
+            raise ValueError(f"its file has a name of its own, {name}: copy it")
         return os.path.dirname(path) or ".", None
     except (ValueError, SystemExit) as e:
         print(f"note: the export has no tokenizer: {first_line(e).removeprefix('error: ')}")
@@ -176,7 +179,7 @@ def _tokenizer(name):
 def main(s):
     check(s)
     try:
-        model, name = load_model(s.out_dir, "cpu")
+        model, name = load_model(os.path.expanduser(s.out_dir), "cpu")
         like, encoding = _tokenizer(name)
         save(model, s.export, like, s.int8, encoding=encoding)
     except ValueError as e:

@@ -9,7 +9,7 @@ import json
 import os
 
 from finetune.adapters import parse_ranks
-from finetune.fields import Fields, read_json
+from finetune.fields import Fields, read_json, shown
 from finetune.hf_files import EMBEDDING, HEAD, alike, has_weights, shapes, tensor_files
 from model import LLaMAConfig
 from run.text import first_line
@@ -104,6 +104,9 @@ def settings(path):
     architecture, or a part of one, that model.py does not have, and for what the files do not
     hold."""
     found = described(path)
+    adapter = os.path.join(path, "adapter_config.json")
+    if os.path.lexists(adapter):  # transformers would apply it
+        raise ValueError(f"{adapter}: an adapter that is not merged is not supported; merge it")
     if has_weights(path):
         held = tensor_files(path)
         _check_sizes(path, found, held)
@@ -134,7 +137,9 @@ def _architecture(c):
     name = next(iter(c.list("architectures", [])), "none")
     if name not in list(ARCHITECTURES):  # a list, as the name may be whatever JSON has
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{c.where}: architecture {name} is not supported; there are {known}")
+        raise ValueError(
+            f"{c.where}: architecture {shown(name)} is not supported; there are {known}"
+        )
     kind = ARCHITECTURES[name]
     if c.text("model_type", kind) != kind:  # which transformers goes by
         c.refuse("model_type", f"{kind}, as the architecture is {name}")
@@ -185,7 +190,9 @@ def _check_supported(c):
         if quantized.text("quant_method", "") != "qgalore":
             quantized.refuse("quant_method", "none: other formats than floats are not supported")
         quantized.whole("bits", 8, 8, 8)
-        quantized.whole("group_size")
+        size = quantized.whole("group_size")
+        if size & (size - 1):
+            quantized.refuse("group_size", "a power of two")
 
 
 def _rope(c):
@@ -340,9 +347,12 @@ def config_json(c, dtype, like):
         out["hidden_activation"] = activation
     out |= _attention_json(c)
     if like:
-        source = read_json(like, "config.json", needed=False)
-        kept = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-        out |= {key: source[key] for key in kept if key in source}
+        where = os.path.join(like, "config.json")
+        source = Fields(read_json(like, "config.json", needed=False), where)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            out[key] = source.take(key, (int, list), "a token's number, or several", None)
+        longest = source.whole("max_position_embeddings", c.block_size)
+        out["max_position_embeddings"] = longest
     return out
 
 

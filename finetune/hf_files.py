@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from finetune.fields import Fields, read_json
+from finetune.fields import Fields, read_json, shown
 from run.files import check_file
 from run.text import first_line
 
@@ -56,13 +56,13 @@ def tensor_files(path):
         with _open(file) as f:
             for tensor in f.keys():
                 if tensor in held:
-                    raise ValueError(f"{file}: tensor {tensor} is in {held[tensor]}, too")
+                    raise ValueError(f"{file}: tensor {shown(tensor)} is in {held[tensor]}, too")
                 held[tensor] = file
 
     # and whether that is what the index says
     for name, file in listed.items():
         if held.get(name) != os.path.join(path, file):
-            raise ValueError(f"{index}: says that {name} is in {file}, where it is not")
+            raise ValueError(f"{index}: says that {shown(name)} is in {file}, where it is not")
     return held
 
 
@@ -79,7 +79,8 @@ def _read_index(path):
     for name in listed.found:
         file = listed.text(name)
         # a plain name: a path would lead out of the directory
-        if file in ("", ".", "..") or any(sign in file for sign in "/\\:\0"):
+        leads_out = file in ("", ".", "..") or any(sign in file for sign in "/\\:")
+        if leads_out or not file.isprintable():
             listed.refuse(name, "the name of a file in the directory")
     return listed.found
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from finetune.adapters import LowRank, put_low_rank
-from finetune.fields import read_json
+from finetune.fields import read_json, shown
 from finetune.hf_config import settings
 from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
 from finetune.paths import local
@@ -95,18 +95,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
     dtype: of what is not quantised. Norms and the biases of QLinears are float32. Raises
     ValueError, naming file and tensor, for a file or tensor that is missing, damaged, of another
     shape, unknown, or not finite."""
-    # leave out what some files hold although the model makes it itself
-    held = {}
-    for name, file in tensor_files(path).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # of old transformers
-            held[name] = file
-    if model.config.tie_embedding and EMBEDDING in held:
-        held.pop(HEAD, None)  # it is the same, or settings() had said otherwise
-
-    # the names first: a checkpoint that does not fit is refused before any tensor is read
-    wanted = hf_names(model, held)
-    _check_names(model, path, held, wanted)
-
+    held, wanted = stored(model, path)
     for name, (module, kind) in wanted.items():
         if isinstance(module, QMatrix) and kind == "weight":
             _fill_matrix(module, held, name, device, dtype)
@@ -122,8 +111,20 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
         setattr(module, kind, nn.Parameter(t, old.requires_grad))
 
 
-def _check_names(model, path, held, wanted):
-    """Raise ValueError if the files lack a tensor that the model has, or hold one that it lacks."""
+def stored(model, path):
+    """({tensor: file}, hf_names()) of a checkpoint directory that holds a LLaMA's tensors.
+
+    Raises ValueError if the files lack a tensor that the model has, or hold one that it lacks: a
+    checkpoint that does not fit is refused before any tensor is read."""
+    # leave out what some files hold although the model makes it itself
+    held = {}
+    for name, file in tensor_files(path).items():
+        if not name.endswith("rotary_emb.inv_freq"):  # of old transformers
+            held[name] = file
+    if model.config.tie_embedding and EMBEDDING in held:
+        held.pop(HEAD, None)  # it is the same, or settings() had said otherwise
+    wanted = hf_names(model, held)
+
     expected = set()  # a matrix is there in floats, or as codes
     for name in wanted:
         expected.update(int8_names(name) if _is_int8(held, name) else [name])
@@ -131,7 +132,8 @@ def _check_names(model, path, held, wanted):
         raise ValueError(f"{path}: there is no tensor {name}")
     for name in sorted(set(held) - expected):
         place = model.config.architecture
-        raise ValueError(f"{held[name]}: tensor {name} has no place in {place}")
+        raise ValueError(f"{held[name]}: tensor {shown(name)} has no place in {place}")
+    return held, wanted
 
 
 def _is_int8(held, name):

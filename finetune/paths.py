@@ -49,15 +49,17 @@ def is_hub_name(name):
 
 
 def check_new(path):
-    """The absolute path of a directory that is to be made, in one that is made here if need be.
+    """The absolute path of a directory that is to be made, with those above it that are missing.
 
     Raises ValueError if there is something already, or if nothing can be made there."""
     new = os.path.abspath(os.path.expanduser(path))
     if os.path.lexists(new):
         raise ValueError(f"{path}: exists; name a new directory")
+    above = os.path.dirname(new)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
     try:
-        os.makedirs(os.path.dirname(new), exist_ok=True)
-        os.rmdir(temporary_folder(new))
+        os.rmdir(temporary_folder(os.path.join(above, os.path.basename(new))))
     except OSError as e:
         raise ValueError(f"{path}: cannot be made: {e.strerror} ({e.filename})")
     return new

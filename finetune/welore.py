@@ -57,6 +57,8 @@ from tqdm import tqdm
 from finetune import hf
 from finetune.fields import read_json
 from finetune.hf_config import settings
+from finetune.hf_load import stored
+from finetune.hf_tokenizer import tokenizer_files
 from model import LLaMA, LLaMAConfig, QLinear
 from run.device import check_device, pick_device
 
@@ -109,6 +111,9 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
 
     Returns ({name: k} of the matrices that became factors, share of the ranks kept, share of the
     matrices' numbers kept). Raises ValueError, in one line, for what it cannot read."""
+    # what can be said before the work
+    check_new(out)
+    tokenizer_files(path)
     found = settings(path)
     if found.get("low_rank"):
         raise ValueError(f"{path}: has been compressed before")
@@ -116,10 +121,10 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
     # what the checkpoint holds, by Hugging Face's names, and its matrices by ours
     empty = LLaMA(LLaMAConfig(**found), linear=partial(QLinear, bits=16), device="meta")
     our_names = {module: name for name, module in empty.named_modules()}
-    files = hf.tensor_files(path)
+    files, wanted = stored(empty, path)
     shapes = {}
     matrices = {}
-    for name, (module, kind) in hf.hf_names(empty, files).items():
+    for name, (module, kind) in wanted.items():
         if name not in files:
             raise ValueError(f"{path}: there is no tensor {name}, in floats")
         shapes[name] = getattr(module, kind).shape

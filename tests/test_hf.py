@@ -27,6 +27,7 @@ from transformers import (
 
 import quant
 import sample
+from configurator import configure
 from finetune import hf, hf_files, welore
 from finetune.adapters import LoRA
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
@@ -577,7 +578,7 @@ def test_an_existing_directory_is_not_overwritten(tmp_path):
         hf.save(hf.load(path), path)
 
 
-def test_a_run_is_exported_by_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_run_is_exported_by_the_command_line(tmp_path, capsys):
     """And load_model reads it, as it reads the run."""
     theirs, path = saved(tmp_path)
     ours = hf.load(path, dtype=torch.float32, group_size=16)
@@ -592,8 +593,7 @@ def test_a_run_is_exported_by_the_command_line(tmp_path, monkeypatch, capsys):
     for int8, error in ((False, 0.5), (True, 1e-4)):
         out = str(tmp_path / f"out{int8}")
         args = [f"--out_dir={run}", f"--export={out}", f"--int8={int8}"]
-        monkeypatch.setattr("sys.argv", ["hf.py", *args])
-        hf.main()
+        hf.main(configure(hf, argv=args))
         assert out in capsys.readouterr().out
         assert hf.settings(out) == hf.settings(path)
         model, name = load_model(out, "cpu", torch.float32, 16)
