@@ -8,12 +8,14 @@ import collections
 import contextlib
 import ctypes
 import functools
+import glob
 import importlib
 import itertools
 import json
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -56,7 +58,7 @@ class Recipe:
         self.flags = [*TINY_MODEL, *SMALLER, *METHODS[method], f"--method={method}",
                       f"--data_dir={shards}", f"--gradient_accumulation_steps={micro_batches}",
                       f"--eval_interval={eval_interval}", f"--lr_decay_iters={self.steps}",
-                      f"--max_iters={self.steps}"]
+                      f"--max_iters={self.steps}", "--rank_timeout=20"]
 
     def train(self, name, *more):
         out_dir = f"{self.folder}/{name}"
@@ -95,10 +97,10 @@ def script(path, *args):
     return main
 
 
-class Shop:
+class Stock:
     """What the attempts of one seed share: shards, texts, and a recipe for each method."""
 
-    def __init__(self, folder, seed):
+    def __init__(self, folder, seed, methods=METHODS):
         self.folder = folder
         self.seed = seed
         self.known = {}  # {script: what it makes}
@@ -108,15 +110,14 @@ class Shop:
         write_shards(self.shards, 4000)
         choice = random.Random(seed)
         self.recipes = {}
-        for method in METHODS:
+        for method in methods:
             drawn = choice.choice([1, 2]), choice.randint(2, 4)
             self.recipes[method] = Recipe(folder, self.shards, method, *drawn)
         self.two_ranks = Recipe(folder, self.shards, "qgalore", 2, choice.randint(2, 4), ranks=2)
-        # what takes long to load, forks find loaded
+        # what takes long to load, forks find loaded: of pictures, of plans, of 8-bit moments
         importlib.import_module("matplotlib.pyplot")
-        with contextlib.suppress(ImportError):
-            importlib.import_module("bitsandbytes")
-        memory_plan(settings(*self.recipes["qgalore"].flags), torch.float32, torch.float32)
+        for recipe in self.recipes.values():
+            memory_plan(settings(*recipe.flags), torch.float32, torch.float32)
 
     @functools.cached_property
     def texts(self):
@@ -152,13 +153,13 @@ class Shop:
 class Attempt:
     """A trouble, tried once: its random choices, its recipe, and a folder of its own."""
 
-    def __init__(self, shop, name, number):
-        self.shop = shop
-        self.random = random.Random(f"{shop.seed} {name} {number}")
-        self.folder = f"{shop.folder}/{name}-{number}"
+    def __init__(self, stock, name, number):
+        self.stock = stock
+        self.random = random.Random(f"{stock.seed} {name} {number}")
+        self.folder = f"{stock.folder}/{name}-{number}"
         self.out_dir = f"{self.folder}/out"
         os.mkdir(self.folder)
-        self.recipe = shop.recipes[self.random.choice(list(METHODS))]
+        self.recipe = self.random.choice(list(stock.recipes.values()))
         self.jobs = []
 
     def close(self):
@@ -197,7 +198,7 @@ class Attempt:
         """Wait for a moment in a run's life, drawn at random; or until the run has ended."""
         kind = self.random.choice(["time", "line", "file"])
         end = time.monotonic() + self.random.random() * self.recipe.seconds
-        line = self.random.randint(1, self.recipe.steps)
+        line = lines(self.out_dir) + self.random.randint(1, self.recipe.steps)
         happened = {
             "time": lambda: time.monotonic() > end,
             "line": lambda: lines(self.out_dir) >= line,
@@ -225,7 +226,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def frozen(self, *settings, checkpoint=False):
-        """A run that stands still while something is done, and then ends as if nothing had happened.
+        """A run that stands still while something is done, and then ends as if nothing happened.
 
         checkpoint: it has one by then."""
         job = self.start(*settings)
@@ -334,17 +335,25 @@ def checkpoints(out_dir):
     return [read(path) for path in checkpoint_paths(out_dir)]
 
 
+def runs(folder):
+    """The bytes of all checkpoints and logs below a folder."""
+    names = re.compile(r"(.*/)?(ckpt.*\.pt|log\.jsonl)")
+    return [data for path, data in contents(folder).items() if names.fullmatch(path)]
+
+
 def temporary(folder):
-    """Names of what is half written."""
-    if not os.path.isdir(folder):
-        return []
-    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    """Names of what is half written there, or in the folder of a run that starts."""
+    paths = glob.glob(f"{folder}/*.tmp") + glob.glob(f"{folder}/starting/*.tmp")
+    return [os.path.relpath(path, folder) for path in paths]
 
 
 def lines(out_dir):
-    """How many lines its log has."""
-    path = f"{out_dir}/log.jsonl"
-    return read(path).count(b"\n") if os.path.exists(path) else 0
+    """How many lines were logged, also by a run that starts."""
+    total = 0
+    for path in (f"{out_dir}/log.jsonl", f"{out_dir}/starting/log.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            total += read(path).count(b"\n")
+    return total
 
 
 def story(out_dir):
@@ -390,6 +399,23 @@ def damaged(random, data):
         data + random.randbytes(some),
         b"",
     ])
+
+
+def other_value(random, value, allowed):
+    """A value of the same kind that a setting may take."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        choices = ["other", *str(allowed or "").removeprefix("one of ").split(", ")]
+    else:
+        choices = [value * 2, value / 2, 0, 1, 4, 8, 16, 0.5, *range(100)]
+    right = []
+    for choice in choices:
+        if isinstance(value, int) and isinstance(choice, float):
+            continue
+        if choice != value and (allowed is None or allowed.holds(choice)):
+            right.append(choice)
+    return random.choice(right[:4])
 
 
 # -----------------------------------------------------------------------------

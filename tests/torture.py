@@ -41,9 +41,10 @@ import torch
 
 import train
 from run.checkpoint import checkpoint_paths, read_checkpoint
-from tests.attempt import (GO_ON, NOBODY, Attempt, NotPossible, Shop, become_nobody, checkpoints,
-                           contents, dies_at, ended, finite, inf_at, kill_now, lines, own_namespace, read,
-                           signal_to, temporary, until)
+from run.resume import OF_START
+from tests.attempt import (GO_ON, NOBODY, Attempt, NotPossible, Stock, become_nobody, checkpoints,
+                           contents, dies_at, ended, finite, inf_at, kill_now, lines,
+                           other_value, own_namespace, read, runs, signal_to, temporary, until)
 from tests.common import one_line_error, read_log, write_shards
 
 TROUBLES = {}  # {name: function of an Attempt}
@@ -124,7 +125,7 @@ def suspended(t):
 @trouble
 def rank_killed(t):
     """one of two ranks is killed: the other ends with one line"""
-    t.recipe = t.shop.two_ranks
+    t.recipe = t.stock.two_ranks
     t.begin("")
     job = t.start(GO_ON)
     t.wait_for_moment(job)
@@ -197,7 +198,7 @@ def full_disk(t):
 def no_permission(t):
     """a file or folder that may not be read: nothing is renamed"""
     t.begin("half")
-    data = shutil.copytree(t.shop.shards, f"{t.folder}/data")
+    data = shutil.copytree(t.stock.shards, f"{t.folder}/data")
     for where, folders, files in os.walk(t.folder):
         for name in (".", *files):
             if os.getuid() == 0:
@@ -299,7 +300,7 @@ def damaged_config(t):
 def damaged_shard(t):
     """a shard's header or length is damaged"""
     t.begin("half")
-    data = shutil.copytree(t.shop.shards, f"{t.folder}/data")
+    data = shutil.copytree(t.stock.shards, f"{t.folder}/data")
     path = f"{data}/{t.random.choice(sorted(os.listdir(data)))}"
     whole = read(path)
     # llm.c's format has no checksum of the tokens
@@ -357,20 +358,16 @@ def no_file(t):
     t.begin("whole")
     path = f"{t.out_dir}/" + t.random.choice(["ckpt.pt", "ckpt-1.pt", "log.jsonl", "config.json"])
     os.unlink(path)
-    make = t.random.choice([os.mkfifo, os.mkdir, to_itself, to_nothing])
-    make(path)
-    result = t.run(GO_ON)
+    kind = t.random.choice(["pipe", "folder", "/nothing", path])
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        os.mkdir(path)
+    else:
+        os.symlink(kind, path)
     check = t.same_weights if "log" in path else None
-    if not t.ends_or_refuses(result, check):
+    if not t.ends_or_refuses(t.run(GO_ON), check):
         assert os.path.lexists(path)
-
-
-def to_itself(path):
-    os.symlink(path, path)
-
-
-def to_nothing(path):
-    os.symlink("/nothing", path)
 
 
 # -----------------------------------------------------------------------------
@@ -421,20 +418,22 @@ def gradient_not_finite(t):
 def from_scratch_again(t):
     """starts from scratch over earlier runs, killed at any moment: nothing of those is lost"""
     t.begin("whole")
-    earlier = []  # bytes of their checkpoints and logs
     for seed in range(t.random.randint(2, 4)):
-        earlier += checkpoints(t.out_dir)
-        if t.seed_of_checkpoint() in (1337, seed - 1):  # the log is of a run with a checkpoint
-            earlier.append(read(f"{t.out_dir}/log.jsonl"))
-        job = t.start("--init_from=scratch", f"--seed={seed}")
-        if t.random.random() < 0.7:
+        earlier = runs(t.out_dir)
+        how = t.random.choice(["ends", "killed", "killed in a save"])
+        before = None
+        if how == "killed in a save":
+            call = t.random.choice(["replace", "rename", "unlink", "mkdir", "rmdir"])
+            before = dies_at(call, t.random.randint(1, 12))
+        job = t.start("--init_from=scratch", f"--seed={seed}", before=before)
+        if how == "killed":
             t.wait_for_moment(job)
             kill_now(job)
-        kept = contents(t.out_dir).values()
+        job.processes[0].join()
         for data in earlier:
-            assert any(data in other for other in kept), "an earlier run's file is gone"
-    code, out, err = t.run(GO_ON, f"--seed={t.seed_of_checkpoint()}")
-    assert code == 0, err[-600:]
+            assert any(data in kept for kept in runs(t.out_dir)), "an earlier run's file is gone"
+    code, out, err = t.run(GO_ON)
+    assert code == 0 and t.whole_checkpoints()[0] == t.recipe.steps, err[-600:]
 
 
 @trouble
@@ -469,18 +468,13 @@ def readers(t):
         assert {*contents(t.out_dir)} - {*before} <= {"loss.png", "subspaces.png"}
 
 
-# what is of the start, and not of the run
-OF_THE_START = ("out_dir", "init_from", "data_input", "dry_run", "eval_only", "wandb_log",
-                "tensorboard_log", "device")
-
-
 @trouble
 def changed_setting(t):
     """a run goes on with another setting: refused, or said, never silent"""
     t.begin("half")
     known = declarations(train)
     was = read_checkpoint(f"{t.out_dir}/ckpt.pt")["config"]
-    name = t.random.choice([name for name in known if name not in OF_THE_START])
+    name = t.random.choice([name for name in known if name not in OF_START])
     value = other_value(t.random, was[name], known[name].allowed)
     if name == "data_dir":
         value = f"{t.folder}/data"
@@ -492,23 +486,6 @@ def changed_setting(t):
         one_line_error((code, out, err))
 
 
-def other_value(random, value, allowed):
-    """A value of the same kind that a setting may take."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, str):
-        choices = ["other", *str(allowed or "").removeprefix("one of ").split(", ")]
-    else:
-        choices = [value * 2, value / 2, 0, 1, 4, 8, 16, 0.5, *range(100)]
-    right = []
-    for choice in choices:
-        if isinstance(value, int) and isinstance(choice, float):
-            continue
-        if choice != value and (allowed is None or allowed.holds(choice)):
-            right.append(choice)
-    return random.choice(right[:4])
-
-
 # -----------------------------------------------------------------------------
 # scripts that make files
 
@@ -516,14 +493,14 @@ def other_value(random, value, allowed):
 @trouble
 def prepare_killed(t):
     """prepare_c4.py is killed, up to three times, and started again"""
-    args = [f"--input={t.shop.texts}/*.txt", "--encoding=bytes", "--out_dir={}"]
+    args = [f"--input={t.stock.texts}/*.txt", "--encoding=bytes", "--out_dir={}"]
     killed_and_repeated(t, "prepare_c4.py", args)
 
 
 @trouble
 def prepare_sft_killed(t):
     """finetune.prepare_sft is killed, up to three times, and started again"""
-    args = [f"--input={t.shop.texts}/*.jsonl", "--encoding=bytes", "--block_size=64",
+    args = [f"--input={t.stock.texts}/*.jsonl", "--encoding=bytes", "--block_size=64",
             "--out_dir={}"]
     killed_and_repeated(t, "finetune/prepare_sft.py", args)
 
@@ -531,14 +508,14 @@ def prepare_sft_killed(t):
 @trouble
 def export_killed(t):
     """finetune.hf is killed, up to three times: the folder is whole or not there"""
-    args = [f"--out_dir={t.shop.recipes['qgalore'].whole}", "--export={}"]
+    args = [f"--out_dir={t.stock.recipes['qgalore'].whole}", "--export={}"]
     killed_and_repeated(t, "finetune/hf.py", args)
     assert not temporary(t.folder), temporary(t.folder)
 
 
 def killed_and_repeated(t, path, args):
     """What a script makes, {} its folder in `args`, is always the same, and never half made."""
-    right, seconds = t.shop.made(path, args)
+    right, seconds = t.stock.made(path, args)
     made = f"{t.folder}/made"
     args = [arg.format(made) for arg in args]
     for _ in range(t.random.randint(1, 3)):
@@ -546,7 +523,7 @@ def killed_and_repeated(t, path, args):
         time.sleep(t.random.random() * seconds)
         kill_now(job)
         for name, data in contents(made).items():
-            assert name.endswith(".tmp") or data == right[name], f"{name} is half made"
+            assert not name.endswith(".bin") or data == right[name], f"{name} is half made"
     if path != "finetune/hf.py" or not os.path.exists(made):  # a folder that exists is refused
         code, out, err = t.run(*args, path=path)
         assert code == 0, err[-600:]
@@ -573,9 +550,9 @@ def order(seed, minutes):
         tried[name] += 1
 
 
-def attempt(shop, name, number):
+def attempt(stock, name, number):
     """Try a trouble once. Raises AssertionError, or what it ran into, if something did not hold."""
-    t = Attempt(shop, name, number)
+    t = Attempt(stock, name, number)
     try:
         TROUBLES[name](t)
     finally:
@@ -593,30 +570,30 @@ def line_of(e):
 
 def table(counts, failures):
     """Print how often each trouble was tried and held, and how to repeat the first failures."""
-    print(f"\n{'':22s}tried  held  not possible here")
-    for name in TROUBLES:
-        tried = counts[name]
-        what = TROUBLES[name].__doc__
-        print(f"{name:22s}{sum(tried.values()):5d} {tried['held']:5d} {tried['skipped']:5d}   {what}")
+    print(f"{'':22s}tried  held  not possible here")
+    for name, count in counts.items():
+        tried = f"{sum(count.values()):5d} {count['held']:5d} {count['not possible']:5d}"
+        print(f"{name:22s}{tried}   {TROUBLES[name].__doc__}")
     for name, found in failures.items():
         for number, line in found[:3]:
-            print(f"\n{line}\n  python tests/torture.py --seed={s.seed} --only={name} --number={number}")
+            print(f"\n{name} did not hold, {line}")
+            print(f"  python tests/torture.py --seed={s.seed} --only={name} --number={number}")
 
 
 def main(s):
     if s.only and s.only not in TROUBLES:
         raise SystemExit(f"error: only={s.only}: there are {', '.join(TROUBLES)}")
     folder = tempfile.mkdtemp(prefix="torture-")
-    shop = Shop(folder, s.seed)
-    counts = collections.defaultdict(collections.Counter)
+    stock = Stock(folder, s.seed)
+    counts = collections.defaultdict(collections.Counter)  # {name: how often it did what}
     failures = collections.defaultdict(list)  # {name: [(number, line)]}
     attempts = [(s.only, s.number)] if s.only else order(s.seed, s.minutes)
     for name, number in attempts:
         try:
-            attempt(shop, name, number)
+            attempt(stock, name, number)
             counts[name]["held"] += 1
         except NotPossible:
-            counts[name]["skipped"] += 1
+            counts[name]["not possible"] += 1
         except KeyboardInterrupt:
             break
         except (Exception, SystemExit) as e:  # whatever it ran into did not hold
