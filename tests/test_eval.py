@@ -680,7 +680,7 @@ def test_bad_input_is_one_line(tmp_path):
         (choice | {"data": tmp_path / "x.txt"}, "is text, where records were expected"),
         ({"data": tmp_path}, "is a folder: name its files"),
         ({"data": ""}, "--data is missing"),
-        ({"data": tmp_path / "other_val_0.bin"}, "token 300 is beyond the model's vocab_size 257"),
+        ({"data": tmp_path / "other_val_0.bin"}, "token 300 is beyond the 257 of the model's"),
         (perplexity | {"model": tmp_path}, "has neither ckpt.pt nor config.json"),
         (perplexity | {"model": tmp_path / "x.txt"}, "is a file, where a model's folder"),
         (perplexity | {"device": "tpu"}, "device must be one of auto, cuda, cpu, not 'tpu'"),
