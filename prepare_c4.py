@@ -53,7 +53,7 @@ from run.docs import docs_corpus
 from run.encodings import fingerprint, get_encoding
 from run.files import replacing, sweep
 from run.jobs import (C4, check_others, files_of, finished, is_of_c4, jobs_of, names_of,
-                      reason_to_make)
+                      paths_of, reason_to_make)
 from run.manifest import Manifest
 from run.pool import cores, map_in_processes
 from run.records import (NOT_UTF8, NULS, Skipped, kind_of, open_source, record_blocks,
@@ -142,28 +142,34 @@ def prepare(
 
 
 def check_made_of(input, out_dir, encoding=encoding, val_fraction=val_fraction):
-    """Exit with one line unless a folder's shards are what prepare() makes of these.
+    """Whether all the shards that prepare() makes of these are in a folder that has some already.
 
-    A folder without a shards.json is taken as it is, and that is said."""
+    Exits with one line if it has others, or if a file has changed since. A folder without a
+    shards.json is taken as it is, and that is said."""
     out_dir = os.path.expanduser(out_dir)
+    complete = True
     try:
         made = Manifest.read(out_dir)
         if not made.names():
             print(f"note: {out_dir} has shards already, and nothing says of what: --data_input="
                   f"{input} is not read")
-            return
+            return True
         jobs = jobs_of(files_of(input, val_fraction), made, encoding, shards, val_fraction)
         for job in jobs:
             why = reason_to_make(job, made)
-            if why:
+            if not any(map(os.path.lexists, paths_of(job))):
+                complete = False  # a stop came before its turn
+            elif why:
                 raise SystemExit(f"{job.shard}: {why}")
-        check_others(jobs, made)
+        for name in made.strangers([name for job in jobs for name in names_of(job)]):
+            raise SystemExit(f"{name} was made of {made.source_of(name)}")
     except (OSError, SystemExit) as e:
         why = str(e).removeprefix("error: ").partition("; delete it")[0]
         raise SystemExit(
             f"error: the shards in {out_dir} are not those of --data_input={input} ({why}); set "
             "another --data_dir, or leave --data_input out to train on them as they are"
         )
+    return complete
 
 
 # -----------------------------------------------------------------------------

@@ -20,7 +20,16 @@ from run.encodings import fingerprint, get_encoding
 from run.manifest import Manifest
 from run.shards import IN_LOSS, STARTS, open_shard, shard_paths
 
-GPT2 = (50257, 1352840262)  # n_vocab and fingerprint: known without its vocabulary, as offline
+# (n_vocab, fingerprint) of tiktoken's encodings, as far as known without their vocabularies
+TIKTOKEN = {
+    "gpt2": (50257, 1352840262),
+    "r50k_base": (50257, 1352840262),
+    "p50k_base": (50281, 0),
+    "p50k_edit": (50284, 0),
+    "cl100k_base": (100277, 0),
+    "o200k_base": (200019, 0),
+    "o200k_harmony": (201088, 0),
+}
 
 
 def open_windows(s, part, seed):
@@ -29,17 +38,16 @@ def open_windows(s, part, seed):
     part: "train" or "val". Exits with one line as Windows does."""
     paths = shard_paths(s.data_dir, part)
     if not paths:
-        raise SystemExit(
-            f"error: no shards {os.path.join(s.data_dir, f'*_{part}_*.bin')}; make some with "
-            "prepare_c4.py, or set data_dir"
-        )
+        advice = "make some with prepare_c4.py, or set data_dir"
+        if part == "val" and shard_paths(s.data_dir, "train"):
+            advice = "there are some to train on: make them with a --val_fraction above 0"
+        pattern = os.path.join(s.data_dir, f"*_{part}_*.bin")
+        raise SystemExit(f"error: no shards {pattern}; {advice}")
     check_finished(s.data_dir, paths)
     n_vocab, number = known_tokenizer(s.encoding or "gpt2")
-    if not n_vocab:  # the parts have to be alike, at least
+    if not number:  # the parts have to be alike, at least
         for path in shard_paths(s.data_dir, "train"):
-            shard = open_shard(path)
-            n_vocab = n_vocab or shard.n_vocab
-            number = number or shard.fingerprint
+            number = number or open_shard(path).fingerprint
     return Windows(paths, s.block_size, s.vocab_size, seed, n_vocab, number)
 
 
@@ -63,17 +71,18 @@ def check_finished(folder, paths):
 
 
 def known_tokenizer(encoding):
-    """(n_vocab, fingerprint) of an encoding; (0, 0) if it is tiktoken's and not to be had here."""
-    if encoding == "gpt2":
-        return GPT2
+    """(n_vocab, fingerprint) of an encoding; 0 is what cannot be known here, and that is said."""
+    n_vocab, number = TIKTOKEN.get(encoding, (0, 0))
+    if number:  # known offline, too
+        return n_vocab, number
     try:
         tokenizer = get_encoding(encoding)
     except SystemExit as e:
         if encoding not in tiktoken.list_encoding_names():
             raise
-        why = str(e).removeprefix("error: ").partition(";")[0]
-        print(f"note: {why}: that the shards were made with it is not checked")
-        return 0, 0
+        why = str(e).removeprefix("error: ").partition(" (")[0]
+        print(f"note: {why}: whether the shards were made with it is not known for sure")
+        return n_vocab, 0
     return tokenizer.n_vocab, fingerprint(tokenizer)
 
 

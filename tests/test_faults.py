@@ -264,16 +264,17 @@ def test_shards_are_checked_against_data_input(tmp_path, capsys):
     write_texts(tmp_path, a="text of a", b="text of b")
 
     def check(pattern, encoding="bytes"):
-        check_made_of(f"{tmp_path}/{pattern}", f"{tmp_path}/out", encoding, val_fraction=0.25)
+        out = f"{tmp_path}/out"
+        return check_made_of(f"{tmp_path}/{pattern}", out, encoding, val_fraction=0.25)
 
     make(tmp_path, "a/x.txt")
-    check("a/x.txt")
-    for pattern in ("b/x.txt", "*/x.txt"):
-        assert "not those of --data_input" in refused(check, pattern)
+    assert check("a/x.txt")
+    assert not check("*/x.txt")  # the other is still to be made
+    assert "out are not those of --data_input" in refused(check, "b/x.txt")
     write_texts(tmp_path, a="text of ä")
     assert "has changed" in refused(check, "a/x.txt")
     os.unlink(tmp_path / "out/shards.json")
-    check("a/x.txt")
+    assert check("a/x.txt")
     assert "is not read" in capsys.readouterr().out
 
 
@@ -287,8 +288,8 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
         (dict(n_vocab=257, fingerprint=number), "gpt2", "another tokenizer"),
         (dict(n_vocab=257, fingerprint=0), "gpt2", "another tokenizer"),
         (dict(n_vocab=257, fingerprint=number + 1), "bytes", "another tokenizer"),
-        (dict(n_vocab=50257, fingerprint=data.GPT2[1]), "gpt2", ""),
-        (dict(n_vocab=50257, fingerprint=data.GPT2[1]), "bytes", "another tokenizer"),
+        (dict(n_vocab=50257, fingerprint=data.TIKTOKEN["gpt2"][1]), "gpt2", ""),
+        (dict(n_vocab=50257, fingerprint=data.TIKTOKEN["gpt2"][1]), "bytes", "another tokenizer"),
         (dict(n_vocab=0), "bytes", ""),  # llm.c's do not tell
         (dict(n_vocab=0), "gpt2", ""),
     ]
@@ -307,23 +308,28 @@ def test_a_token_beyond_the_runs_encoding_is_refused(tmp_path):
     assert "token 499 is beyond the 257" in refused(open_windows(s, "train", 0).batch, 1)
 
 
-def test_shards_of_two_tokenizers_do_not_mix(tmp_path, monkeypatch, capsys):
+def test_shards_of_two_tokenizers_do_not_mix(tmp_path):
     write_shard(f"{tmp_path}/a_train_0.bin", np.arange(99), 0)
     write_shard(f"{tmp_path}/b_train_0.bin", np.arange(99), 300, fingerprint=5)
     write_shard(f"{tmp_path}/c_train_0.bin", np.arange(99), 300, fingerprint=6)
     assert "c_train_0.bin: was made with" in refused(Windows, f"{tmp_path}/*.bin", 8, 300)
-    # where the run's own cannot be had
-    os.unlink(f"{tmp_path}/c_train_0.bin")
-    write_shard(f"{tmp_path}/c_val_0.bin", np.arange(99), 301, fingerprint=5)
+
+
+def test_offline_what_is_known_of_a_tokenizer_is_checked(tmp_path, monkeypatch, capsys):
+    write_shard(f"{tmp_path}/a_train_0.bin", np.arange(99), 0)
+    write_shard(f"{tmp_path}/b_train_0.bin", np.arange(99), 100277, fingerprint=5)
 
     def offline(name):
         raise SystemExit("error: encoding cl100k_base: vocabulary not fetched (no route)")
 
     monkeypatch.setattr(data, "get_encoding", offline)
     s = settings(f"--data_dir={tmp_path}", "--encoding=cl100k_base", "--block_size=8")
+    s.vocab_size = 100352
     assert open_windows(s, "train", 0).total == 24
-    assert "is not checked" in capsys.readouterr().out
-    assert "c_val_0.bin: was made with" in refused(open_windows, s, "val", 0)
+    assert "not known for sure" in capsys.readouterr().out
+    for shard in (dict(n_vocab=257), dict(n_vocab=100277, fingerprint=6)):
+        write_shard(f"{tmp_path}/c_val_0.bin", np.arange(99), **shard)
+        assert "c_val_0.bin: was made with" in refused(open_windows, s, "val", 0)
     s.encoding = "gtp2"
     assert "not fetched" in refused(open_windows, s, "train", 0)
 
@@ -333,7 +339,7 @@ def test_gpt2_is_known_without_its_vocabulary():
         encoding = get_encoding("gpt2")
     except SystemExit:
         pytest.skip("GPT-2's vocabulary is not here")
-    assert data.GPT2 == (encoding.n_vocab, fingerprint(encoding))
+    assert data.TIKTOKEN["gpt2"] == (encoding.n_vocab, fingerprint(encoding))
 
 
 # -- names and shards
