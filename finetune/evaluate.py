@@ -360,6 +360,12 @@ def read_shard(path, encoding):
             f"error: {path}: made by finetune.prepare_sft, "
             "or with another encoding than the model's"
         )
+    largest = shard.tokens.max()
+    if largest >= encoding.n_vocab:
+        raise SystemExit(
+            f"error: {path}: token {largest} is beyond the {encoding.n_vocab} of the model's "
+            "encoding"
+        )
     return shard.tokens
 
 

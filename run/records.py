@@ -423,61 +423,72 @@ def _values(stream):
     """Yield (where, record or ValueError) for each value; those of a list one by one.
 
     Raises ValueError if it is no JSON."""
-    not_numbers = []  # NaN and the like in the value that is read
-    decoder = json.JSONDecoder(parse_constant=not_numbers.append)
     utf8 = codecs.getincrementaldecoder("utf-8")()
     text = ""
     at = 0  # what is before was given
     in_list = False
     ended = False
     number = 1
-
     while True:
         at = BETWEEN.match(text, at).end()
         if text.startswith("]" if in_list else "[", at):
             in_list = not in_list
             at += 1
             continue
-        if at < len(text):
-            not_numbers.clear()
-            try:
-                value, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as e:
-                end = len(text)  # it may go on
-                why = e.msg
-            except RecursionError:
-                raise ValueError(f"record {number}: nested too deeply")
-            except ValueError as e:  # a number of thousands of digits
-                raise ValueError(f"record {number}: {first_line(e)}")
-            else:
-                why = None
-            if why and ended:
-                raise ValueError(f"record {number}: incomplete or damaged ({why})")
-            if end < len(text) or ended:
-                if not_numbers:
-                    value = ValueError(f"{not_numbers[0]} is no number in JSON")
+        try:
+            found = _value(text, at, ended) if at < len(text) else None
+            if found:
+                value, at = found
                 yield f"record {number}", _object(value)
                 number += 1
-                at = end
-                continue
-        if ended:
-            break
-
-        # more of it: twice as much each time, so that a long value is not read too often
-        text = text[at:]
-        at = 0
-        if len(text) > LONGEST:
-            raise ValueError(f"record {number}: damaged, or longer than {LONGEST >> 20} MiB")
-        data = stream.read(max(BLOCK, len(text)))
-        ended = not data
-        if b"\0" in data:
-            raise ValueError(f"record {number}, or soon after it: {NULS}")
-        try:
-            text += utf8.decode(data, final=ended)
-        except UnicodeDecodeError:
-            raise ValueError(f"record {number}, or soon after it: {NOT_UTF8}")
+            elif ended:
+                break
+            else:
+                # more of it: twice as much each time, so that a long value is not read too often
+                text = text[at:]
+                at = 0
+                data = stream.read(max(BLOCK, len(text)))
+                ended = not data
+                text += _more_text(data, utf8, len(text))
+        except ValueError as e:
+            raise ValueError(f"record {number}: {first_line(e)}")
     if in_list:
         raise ValueError(f"record {number}: incomplete or damaged (the list has no end)")
+
+
+def _value(text, at, ended):
+    """(the JSON value at a place in a text, where it ends), or None where the text may go on.
+
+    ended: it does not. Raises ValueError if there is none."""
+    not_numbers = []  # NaN and the like
+    decoder = json.JSONDecoder(parse_constant=not_numbers.append)
+    try:
+        value, end = decoder.raw_decode(text, at)
+    except json.JSONDecodeError as e:
+        if ended:
+            raise ValueError(f"incomplete or damaged ({e.msg})")
+        return None
+    except RecursionError:
+        raise ValueError("nested too deeply")
+    if end == len(text) and not ended:
+        return None  # a number may have more digits
+    if not_numbers:
+        value = ValueError(f"{not_numbers[0]} is no number in JSON")
+    return value, end
+
+
+def _more_text(data, utf8, pending):
+    """The text of more bytes, by an incremental decoder. Raises ValueError if it is none.
+
+    pending: characters of the value that it goes on with."""
+    if pending > LONGEST:
+        raise ValueError(f"damaged, or longer than {LONGEST >> 20} MiB")
+    if b"\0" in data:
+        raise ValueError(f"here or soon after: {NULS}")
+    try:
+        return utf8.decode(data, final=not data)
+    except UnicodeDecodeError:
+        raise ValueError(f"here or soon after: {NOT_UTF8}")
 
 
 # -----------------------------------------------------------------------------

@@ -653,6 +653,7 @@ def test_bad_input_is_one_line(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
+    write_shard(f"{tmp_path}/other_val_0.bin", np.array([5, 300]), 0)
     generate = {"task": "generate", "data": tmp_path / "x.jsonl"}
     cases = [
         ({"task": "sums"}, "task must be one of perplexity, choice, mmlu, generate, not 'sums'"),
@@ -679,6 +680,7 @@ def test_bad_input_is_one_line(tmp_path):
         (choice | {"data": tmp_path / "x.txt"}, "is text, where records were expected"),
         ({"data": tmp_path}, "is a folder: name its files"),
         ({"data": ""}, "--data is missing"),
+        ({"data": tmp_path / "other_val_0.bin"}, "token 300 is beyond the 257 of the model's"),
         (perplexity | {"model": tmp_path}, "has neither ckpt.pt nor config.json"),
         (perplexity | {"model": tmp_path / "x.txt"}, "is a file, where a model's folder"),
         (perplexity | {"device": "tpu"}, "device must be one of auto, cuda, cpu, not 'tpu'"),
