@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from prepare_c4 import prepare
+from prepare_c4 import check_made_of, prepare
 from run.encodings import fingerprint, get_encoding
 from run.manifest import Manifest
 from run.shards import IN_LOSS, STARTS, open_shard, shard_paths
@@ -88,9 +88,13 @@ def known_tokenizer(encoding):
 
 
 def make_data(s, ranks):
-    """Make the shards of data_input, if there are none; the other ranks wait for them."""
-    if ranks.rank == 0 and s.data_input and not shard_paths(s.data_dir, "train"):
-        prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
+    """Make those shards of data_input that are not there; the other ranks wait for them.
+
+    Exits with one line if data_dir holds others."""
+    if ranks.rank == 0 and s.data_input:
+        there = bool(shard_paths(s.data_dir, "train"))
+        if not there or not check_made_of(s.data_input, s.data_dir, s.encoding):
+            prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
     ranks.agree({})
 
 

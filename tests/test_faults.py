@@ -91,7 +91,7 @@ def trained(shards, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(trained, tmp_path):
+def a_copy(trained, tmp_path):
     """The same, for this test to change: (out_dir, arguments)."""
     shutil.copytree(trained[0], tmp_path / "out")
     return tmp_path / "out", [f"--out_dir={tmp_path}/out", *trained[1]]
@@ -114,8 +114,8 @@ def change_checkpoint(path, change):
     torch.save(checkpoint, path)
 
 
-def test_every_start_from_scratch_keeps_the_runs_before(copy):
-    out_dir, args = copy
+def test_every_start_from_scratch_keeps_the_runs_before(a_copy):
+    out_dir, args = a_copy
     first = contents(out_dir)
     code, out, err = run("train.py", *args, "--seed=2")
     assert code == 0 and f"set aside in {out_dir}/earlier-1" in out, err
@@ -134,8 +134,8 @@ def test_every_start_from_scratch_keeps_the_runs_before(copy):
     assert code == 0 and "goes on at step 4 of 5" in out, err
 
 
-def test_a_start_that_fails_changes_nothing(copy):
-    out_dir, args = copy
+def test_a_start_that_fails_changes_nothing(a_copy):
+    out_dir, args = a_copy
     before = contents(out_dir)
 
     def no_wandb():
@@ -198,8 +198,8 @@ def test_a_kill_while_a_run_takes_its_place_loses_nothing(trained, tmp_path, mon
     assert not os.path.exists(f"{out_dir}/starting")
 
 
-def test_one_process_trains_in_a_folder(copy):
-    out_dir, args = copy
+def test_one_process_trains_in_a_folder(a_copy):
+    out_dir, args = a_copy
     with Folder(str(out_dir)) as folder:
         folder.hold()
         before = contents(out_dir)
@@ -213,8 +213,8 @@ def test_one_process_trains_in_a_folder(copy):
     assert not os.path.exists(out_dir / "lock")
 
 
-def test_an_evaluation_alone_is_of_the_run_that_is_there(copy):
-    out_dir, args = copy
+def test_an_evaluation_alone_is_of_the_run_that_is_there(a_copy):
+    out_dir, args = a_copy
     before = contents(out_dir)
     code, out, err = run("train.py", *args, "--eval_only=True")
     assert code == 0, err
@@ -245,8 +245,8 @@ class FailingFile:
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"),
                                    OSError(5, "Input/output error"), MemoryError()])
-def test_a_failure_to_read_is_no_damage(copy, monkeypatch, error):
-    out_dir, _ = copy
+def test_a_failure_to_read_is_no_damage(a_copy, monkeypatch, error):
+    out_dir, _ = a_copy
     before = contents(out_dir)
     monkeypatch.setattr(zipfile, "ZipFile", FailingFile(error))
     with pytest.raises(SystemExit, match=r"ckpt\.pt cannot be read") as e:
@@ -256,16 +256,16 @@ def test_a_failure_to_read_is_no_damage(copy, monkeypatch, error):
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_a_folder_or_pipe_in_a_checkpoints_place(copy, make):
-    out_dir, args = copy
+def test_a_folder_or_pipe_in_a_checkpoints_place(a_copy, make):
+    out_dir, args = a_copy
     os.unlink(out_dir / "ckpt.pt")
     make(out_dir / "ckpt.pt")
     one_line_error(run("train.py", *args, "--init_from=resume"), "ckpt.pt cannot be read")
     assert os.path.exists(out_dir / "ckpt-1.pt") and not glob.glob(f"{out_dir}/damaged*")
 
 
-def test_damaged_checkpoints_all_keep_their_names(copy):
-    out_dir, args = copy
+def test_damaged_checkpoints_all_keep_their_names(a_copy):
+    out_dir, args = a_copy
     for content in (b"one", b"two"):
         (out_dir / "ckpt.pt").write_bytes(content)
         code, out, err = run("train.py", *args, "--init_from=resume")
@@ -280,8 +280,8 @@ WRONG_PARTS = [("iter", -1), ("iter", True), ("iter", "4"), ("position", None), 
 
 
 @pytest.mark.parametrize("part,value", WRONG_PARTS)
-def test_a_checkpoint_of_wrong_contents_is_one_line(copy, part, value):
-    out_dir, args = copy
+def test_a_checkpoint_of_wrong_contents_is_one_line(a_copy, part, value):
+    out_dir, args = a_copy
     change_checkpoint(out_dir / "ckpt.pt", lambda checkpoint: checkpoint.update({part: value}))
     before = contents(out_dir)
     one_line_error(run("train.py", *args, "--init_from=resume"), "ckpt.pt")
@@ -361,16 +361,16 @@ def test_a_run_that_became_nan_stops_and_keeps_the_last(shards, tmp_path):
         assert "NaN" not in f.read()  # which JSON does not have
 
 
-def test_a_model_of_nan_is_neither_evaluated_nor_sampled(copy):
-    out_dir, args = copy
+def test_a_model_of_nan_is_neither_evaluated_nor_sampled(a_copy):
+    out_dir, args = a_copy
 
     def to_nan(checkpoint):
         checkpoint["model"]["norm.weight"][0] = torch.nan
 
     change_checkpoint(out_dir / "ckpt.pt", to_nan)
-    for script, more in (("train.py", args + ["--eval_only=True"]),
+    for name, more in (("train.py", args + ["--eval_only=True"]),
                          ("sample.py", [f"--out_dir={out_dir}", "--device=cpu"])):
-        one_line_error(run(script, *more), "is not finite")
+        one_line_error(run(name, *more), "is not finite")
 
 
 def settled(out_dir, *args):
@@ -422,8 +422,8 @@ def test_adamw_takes_new_betas_at_a_resume(shards, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
-def test_other_shards_at_a_resume_are_read_from_the_start(copy, shards, tmp_path):
-    out_dir, args = copy
+def test_other_shards_at_a_resume_are_read_from_the_start(a_copy, shards, tmp_path):
+    out_dir, args = a_copy
     moved = shutil.copytree(shards, tmp_path / "moved")
     more = ["--init_from=resume", "--max_iters=5"]
     code, out, err = run("train.py", *args, f"--data_dir={moved}", *more)

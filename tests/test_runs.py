@@ -297,7 +297,7 @@ def test_bad_shards_are_refused_by_name(tmp_path):
     refused("token 99", vocab_size=99)
     refused("less than one sequence", block_size=100)
     write_shard(path, np.arange(100), 257)
-    refused("its vocabulary has 257", vocab_size=256)
+    refused("its vocabulary has 257", vocab_size=99)
     with open(path, "rb") as f:
         whole = f.read()
     for content in (whole[:-2], b"\0" * 4 + whole[4:], b""):
