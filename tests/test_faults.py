@@ -12,6 +12,8 @@ from functools import partial
 import pytest
 import torch
 
+import train
+from configurator import configure, declarations
 from kernels.moments import Moments
 from kernels.subspace import frobenius, range_finder, similarity, singular_vectors
 from methods import registry
@@ -316,6 +318,79 @@ def test_a_loss_of_any_size_leaves_finite_weights(name, factor):
         optimizer.zero_grad()
         assert math.isfinite(optimizer.pop_stats()["grad_norm"])
         assert first_not_finite(model) is None
+
+
+
+# for each method the settings that it reads, at other values than their defaults
+NOT_DEFAULT = {
+    "rank": 24, "proj_gap": 2, "gap_growth": 1.5, "proj_threshold": -1.0, "proj_k": 1,
+    "proj_bits": 8, "proj_side": "left", "proj_svd": True, "galore_scale": 0.5,
+    "moments": "float32", "accumulation": "bfloat16", "stochastic_rounding": False,
+    "matmul": "int8", "residual_blocks": 2, "lora_alpha": 8.0,
+}
+# and all other settings, in a few runs that together take every choice
+OTHER_RUNS = [
+    "--method=qgalore --weight_bits=8 --proj_bits=4 --proj_side=auto --moments=8bit --matmul=int8"
+    " --accumulation=int8 --device=auto --checkpoint_activations=True --checkpoint_bits=8"
+    " --freeze_embedding=True --embed_bits=8 --weight_group_size=32 --max_minutes=9 --rank=8"
+    " --tie_embedding=True --sample_tokens=3 --keep_checkpoints=3 --seed=5 --log_interval=2",
+    "--method=qgalore --weight_bits=16 --proj_bits=8 --proj_side=left --moments=float32 --rank=8"
+    " --accumulation=bfloat16 --matmul=float --dtype=bfloat16 --checkpoint_activations=True"
+    " --checkpoint_bits=16 --embed_bits=16 --n_kv_head=1 --rope_theta=500 --decay_lr=False"
+    " --beta1=0 --beta2=0.5 --adam_eps=1e-6 --grad_clip=1 --rank_timeout=9 --eval_iters=1",
+    "--method=qgalore --weight_bits=0 --proj_bits=16 --proj_side=right --moments=factored --rank=8"
+    " --accumulation=float32 --dtype=auto --learning_rate=0.02 --min_lr=0.01 --lr_decay_iters=2"
+    " --proj_gap=1 --proj_svd=True --project=x --encoding=bytes --weight_decay=0.1",
+    "--method=lora --weight_bits=4 --rank=8 --eval_interval=1 --batch_size=1 --block_size=1",
+    "--method=adamw --weight_bits=32 --dtype=bfloat16 --compile=False --data_input=docs",
+    "--method=adam8bit --weight_bits=16 --init_from=resume --out_dir={out}/adam8bit",
+    "--method=adamw --init_from=resume --eval_only=True --out_dir={out}/adamw",
+]
+# cuda: a CPU has none. W&B asks for an account
+NOT_TRIED = {("device", "cuda"), "wandb_log", "tensorboard_log"}
+
+
+def test_every_setting_and_every_choice_runs(shards, tmp_path):
+    runs = []
+    for name, method in METHODS.items():
+        if name == "welore":  # it takes a compressed checkpoint: tests/test_sisters.py
+            continue
+        values = {key: NOT_DEFAULT[key] for key in method.reads}
+        if values.get("matmul") == "int8" and 8 in method.weight_bits:
+            values["weight_bits"] = 8
+        values["grad_clip"] = 0.5
+        runs.append([f"--{key}={value}" for key, value in values.items()])
+        runs[-1] += [f"--method={name}", f"--out_dir={tmp_path}/{name}"]
+    others = []
+    for i, text in enumerate(OTHER_RUNS):
+        others.append([f"--out_dir={tmp_path}/{i}", *text.replace("{out}", str(tmp_path)).split()])
+    runs += others
+    common = [*TINY_MODEL, f"--data_dir={shards}", "--max_iters=3", "--n_layer=1",
+              "--gradient_accumulation_steps=2"]
+
+    def main():
+        fits = train.fits
+        for flags in runs:
+            print(*flags)
+            s = configure(train, argv=[*common, *flags])
+            # a plan takes longer than the run
+            train.fits = fits if flags in others or s.method == "qmuon" else lambda *args: None
+            train.main(s.changed(dry_run=True, gradient_accumulation_steps=1))
+            train.fits = lambda *args: None
+            train.main(s)
+
+    ((code, out, err),) = Job(tmp_path / "job", main, size=0).wait()
+    assert code == 0, out.splitlines()[-1] + err
+    # all were taken
+    tried = {"dry_run"}
+    for flag in [*common, *sum(runs, [])]:
+        name, _, value = flag[2:].partition("=")
+        tried |= {name, (name, value)}
+    for name, setting in declarations(train).items():
+        words = str(setting.allowed)
+        choices = words[len("one of "):].split(", ") if words.startswith("one of ") else []
+        for wanted in (name, *((name, choice) for choice in choices)):
+            assert wanted in tried or wanted in NOT_TRIED, wanted
 
 # -----------------------------------------------------------------------------
 # files that are not trusted
