@@ -461,10 +461,11 @@ class Parameter(Trained):
 class QGaLore(torch.optim.Optimizer):
     """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by plain Adam.
 
-    loss.backward() is the step, and leaves no .grad behind. For several micro-batches a step, set
-    `accumulating` = True before all but the last; or before all, and call step() after them. Scale
-    each loss by their number, and by that of ranks. step() ends what could not end in backward:
-    steps of several ranks, or clipped by a global norm. Elsewhere it has nothing to do.
+    loss.backward() is the step, and leaves no .grad behind. (torch.autograd.grad() is none.) For
+    several micro-batches a step, set `accumulating` = True before all but the last; or before all,
+    and call step() after them. Scale each loss by their number, and by that of ranks. step() ends
+    what could not end in backward: steps of several ranks, or clipped by a global norm. Elsewhere
+    it has nothing to do.
 
     model: any module, on one device. Frozen parameters, and QLinears with trains = False, stay.
     lr: of ordinary parameters; projected weights move at lr * scale. Torch's schedulers set it.
@@ -487,6 +488,8 @@ class QGaLore(torch.optim.Optimizer):
                  stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0,
                  ranks=None, side="auto", gap_growth=0.0, weight=ProjectedWeight):
         check_values(OF_OPTIMIZER, locals() | {"beta1": betas[0], "beta2": betas[1]})
+        if lr * weight_decay > 1:  # a step would take more than the whole weight
+            raise ValueError(f"weight_decay must be at most 1 / lr, not {weight_decay!r}")
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
         layers = {name: layer for name, layer in linears.items() if layer.trains}
@@ -551,7 +554,7 @@ class QGaLore(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none=True):
-        """Forget gradients that have not moved a weight."""
+        """Forget gradients that have not moved a weight. (Muon's momentum then starts anew.)"""
         super().zero_grad(set_to_none)
         self.accumulated = False
         for t in self.trained.values():

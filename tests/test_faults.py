@@ -450,7 +450,7 @@ def test_limits_in_python_are_those_of_the_settings():
 
 @pytest.mark.parametrize("wrong", [
     {"lr": -1.0}, {"lr": math.inf}, {"lr": math.nan}, {"betas": (1.0, 0.9)}, {"eps": 0.0},
-    {"weight_decay": -0.1}, {"rank": 0}, {"rank": 2.5}, {"rank": "8"}, {"gap": 0}, {"k": 0},
+    {"weight_decay": -0.1}, {"weight_decay": 1000.0}, {"rank": 0}, {"rank": 2.5}, {"rank": "8"}, {"gap": 0}, {"k": 0},
     {"scale": 0.0}, {"scale": -1.0}, {"grad_clip": -1.0}, {"grad_clip": None}, {"gap_growth": -1},
 ])
 def test_the_optimizer_refuses_a_value_by_its_name(wrong):
