@@ -64,7 +64,7 @@ ONE_BLOCK = (
 
 
 def small_run(name, **changes):
-    """(method, settings, model, optimizer) of one block, with the settings that the method reads."""
+    """(method, settings, model, optimizer) of one block; `changes` that the method reads."""
     method = find(name)
     values = {"rank": 16, "proj_gap": 2} | changes
     everyone = ("grad_clip", "gradient_accumulation_steps")
@@ -271,7 +271,8 @@ def test_bases_and_codes_are_float64s_at_any_norm(norm):
     sketch = torch.randn(48, 48, generator=generator).mul_(strength)
     sketch = sketch @ torch.randn(48, 32, generator=generator)
     sketch *= norm / sketch.norm()
-    for find_basis in (partial(range_finder, rank=8), partial(singular_vectors, rank=8, right=False)):
+    exactly = partial(singular_vectors, rank=8, right=False)
+    for find_basis in (partial(range_finder, rank=8), exactly):
         exact = find_basis(sketch.double())
         overlap = exact.T @ find_basis(sketch).double()
         assert similarity(overlap, 48).item() == pytest.approx(1, abs=1e-5)
@@ -450,8 +451,9 @@ def test_limits_in_python_are_those_of_the_settings():
 
 @pytest.mark.parametrize("wrong", [
     {"lr": -1.0}, {"lr": math.inf}, {"lr": math.nan}, {"betas": (1.0, 0.9)}, {"eps": 0.0},
-    {"weight_decay": -0.1}, {"weight_decay": 1000.0}, {"rank": 0}, {"rank": 2.5}, {"rank": "8"}, {"gap": 0}, {"k": 0},
-    {"scale": 0.0}, {"scale": -1.0}, {"grad_clip": -1.0}, {"grad_clip": None}, {"gap_growth": -1},
+    {"weight_decay": -0.1}, {"weight_decay": 1000.0}, {"rank": 0}, {"rank": 2.5}, {"rank": "8"},
+    {"gap": 0}, {"k": 0}, {"scale": 0.0}, {"scale": -1.0}, {"grad_clip": -1.0}, {"grad_clip": None},
+    {"gap_growth": -1},
 ])
 def test_the_optimizer_refuses_a_value_by_its_name(wrong):
     ((name, value),) = wrong.items()
