@@ -22,13 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Rotate, all_documents, attend, attention_mask, last, rope
-from kernels.lean import GLU, Checkpoint, RMSNorm, compile_modules, head_logits, head_loss
+from kernels.lean import (GLU, INIT_STD, Checkpoint, RMSNorm, compile_modules, head_logits,
+                          head_loss, plain_embedding, plain_linear)  # noqa: F401
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
                    quantize_int8, quantize_nf4)
 from run.ranges import OF_MODEL, check_values
-
-INIT_STD = 0.02
 
 # -----------------------------------------------------------------------------
 # matrices in few bits
@@ -414,20 +413,3 @@ class LLaMA(nn.Module):
     def compile_pointwise(self):
         """torch.compile what lies between the matrices: a few passes over memory become one."""
         compile_modules(self, (RMSNorm, Rotate, GLU), self.norm.weight.detach())
-
-
-def plain_embedding(vocab_size, dim, device=None, dtype=None):
-    """torch's Embedding, started like the rest."""
-    layer = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
-    nn.init.normal_(layer.weight, std=INIT_STD)
-    return layer
-
-
-def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
-    """torch's Linear, by a QLinear's random draws: one seed starts every method alike."""
-    layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
-    w = torch.empty(n_out, n_in, dtype=dtype, device=device)
-    layer.weight = nn.Parameter(w.normal_(std=INIT_STD))
-    if bias:
-        layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
-    return layer

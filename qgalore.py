@@ -102,7 +102,9 @@ class Projection:
         a, b = self.sides(x, dy)
         if self.svd:
             return a, b
-        columns = self.rank * (1 if self.basis is None else SKETCH)
+        columns = self.rank
+        if self.basis is not None:  # more than `other` tell nothing new
+            columns = min(SKETCH * self.rank, max(self.rank, self.other))
         return a, b @ random_matrix(key, self.other, columns, b.dtype, b.device)  # Omega
 
     def refresh(self, sketch, step):
@@ -127,11 +129,13 @@ class Projection:
             self.arriving = Arriving(similarity(overlap, self.dim).where(ok, torch.nan))
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
-        if self.growth:  # LoQT's schedule
-            gap += int(self.growth**self.refreshes)
         self.last_refresh = step
-        self.next_refresh = step + gap
+        self.next_refresh = step + gap + self._grown()
         self.refreshes += 1
+
+    def _grown(self):
+        """What LoQT's schedule adds to the gap after the refreshes so far."""
+        return int(self.growth**self.refreshes) if self.growth else 0
 
     def _settle(self):
         """Let the last refresh's similarity decide the gap; returns the next refresh's step."""
@@ -144,8 +148,9 @@ class Projection:
             mean = sum(self.similarities) / len(self.similarities)
             enough = len(self.similarities) == self.similarities.maxlen  # k of them
             if enough and mean >= self.threshold:
+                before = self.gap
                 self.gap = min(2 * self.gap, self.max_gap)
-                self.next_refresh = self.last_refresh + self.gap
+                self.next_refresh += self.gap - before
             self.history.append((self.last_refresh, round(found, 4), self.gap))
         return self.next_refresh
 
@@ -428,7 +433,8 @@ class Parameter(Trained):
             return
         self.ended = True
         self.p.grad = None  # its memory is free once the step is made
-        self.optimizer.ranks.sum_(gradient.contiguous(), self.receive_gradient)
+        gradient = gradient.to_dense().contiguous()  # torch's Embedding may make a sparse one
+        self.optimizer.ranks.sum_(gradient, self.receive_gradient)
 
     def receive_gradient(self, gradient):
         self.receive(gradient, frobenius(gradient))
@@ -455,10 +461,11 @@ class Parameter(Trained):
 class QGaLore(torch.optim.Optimizer):
     """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by plain Adam.
 
-    loss.backward() is the step, and leaves no .grad behind. For several micro-batches a step, set
-    `accumulating` = True before all but the last; or before all, and call step() after them. Scale
-    each loss by their number, and by that of ranks. step() ends what could not end in backward:
-    steps of several ranks, or clipped by a global norm. Elsewhere it has nothing to do.
+    loss.backward() is the step, and leaves no .grad behind. (torch.autograd.grad() is none.) For
+    several micro-batches a step, set `accumulating` = True before all but the last; or before all,
+    and call step() after them. Scale each loss by their number, and by that of ranks. step() ends
+    what could not end in backward: steps of several ranks, or clipped by a global norm. Elsewhere
+    it has nothing to do.
 
     model: any module, on one device. Frozen parameters, and QLinears with trains = False, stay.
     lr: of ordinary parameters; projected weights move at lr * scale. Torch's schedulers set it.
@@ -481,6 +488,8 @@ class QGaLore(torch.optim.Optimizer):
                  stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0,
                  ranks=None, side="auto", gap_growth=0.0, weight=ProjectedWeight):
         check_values(OF_OPTIMIZER, locals() | {"beta1": betas[0], "beta2": betas[1]})
+        if lr * weight_decay > 1:  # a step would take more than the whole weight
+            raise ValueError(f"weight_decay must be at most 1 / lr, not {weight_decay!r}")
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
         layers = {name: layer for name, layer in linears.items() if layer.trains}
@@ -520,6 +529,11 @@ class QGaLore(torch.optim.Optimizer):
         """{name: what is trained}."""
         return {t.name: t for t in (*self.weights, *self.parameters)}
 
+    def add_param_group(self, group):
+        if self.param_groups:
+            raise ValueError("QGaLore trains what its model has at the start: make a new one")
+        super().add_param_group(group)
+
     def clip_(self, gradient):
         if self.grad_clip:
             gradient.mul_((self.grad_clip / self.norms.norm()).clamp(max=1))
@@ -540,7 +554,7 @@ class QGaLore(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none=True):
-        """Forget gradients that have not moved a weight."""
+        """Forget gradients that have not moved a weight. (Muon's momentum then starts anew.)"""
         super().zero_grad(set_to_none)
         self.accumulated = False
         for t in self.trained.values():
@@ -572,6 +586,12 @@ class QGaLore(torch.optim.Optimizer):
         return {"param_groups": groups, "trained": trained} | now
 
     def load_state_dict(self, state):
+        saved = {name: t["moments"]["m"].shape for name, t in state.get("trained", {}).items()}
+        mine = {name: t.moments.m.shape for name, t in self.trained.items()}
+        if saved != mine:
+            name = next(n for n in mine | saved if mine.get(n) != saved.get(n))
+            raise ValueError(f"this state is of another model or rank: {name} is "
+                             f"{saved.get(name)} there and {mine.get(name)} here")
         state = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), state)
         for group, saved in zip(self.param_groups, state["param_groups"]):
             group.update(saved | {"params": group["params"]})

@@ -15,12 +15,12 @@ import sys
 import time
 from contextlib import nullcontext
 
-from configurator import above, at_least, configure, from_below, one_of, power_of_two
+from configurator import at_least, between, configure, from_below, one_of, power_of_two
 
 # -----------------------------------------------------------------------------
 # output
 out_dir = "out"  # config.json, log.jsonl, ckpt.pt, loss.png
-keep_checkpoints: at_least(1) = 2  # ckpt.pt, and before it ckpt-1.pt ...
+keep_checkpoints: between(1, 1000) = 2  # ckpt.pt, and before it ckpt-1.pt ...
 eval_interval: at_least(1) = 500  # steps between evaluations; each is followed by a checkpoint
 eval_iters: at_least(1) = 40  # batches an evaluation reads, always the same ones
 log_interval: at_least(1) = 10  # steps between lines of log.jsonl
@@ -37,60 +37,60 @@ dry_run = False  # print the memory that this run would take, and leave
 data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py and llm.c write them
 data_input = ""  # text to tokenise into data_dir, if that has no shards: "docs", or files
 encoding = ""  # of the shards, see run/encodings.py; "": gpt2, or the Hugging Face checkpoint's own
-batch_size: at_least(1) = 16  # sequences a micro-batch
-block_size: at_least(1) = 256  # tokens a sequence
-gradient_accumulation_steps: at_least(1) = 1  # micro-batches a step, of all ranks together
+batch_size: between(1, 2**16) = 16  # sequences a micro-batch
+block_size: between(1, 2**24) = 256  # tokens a sequence
+gradient_accumulation_steps: between(1, 10**6) = 1  # micro-batches a step, of all ranks together
 # model (a Hugging Face checkpoint brings its own)
-n_layer: at_least(1) = 8
-n_head: at_least(1) = 8
-n_kv_head: at_least(0) = 0  # key/value heads, 0 = n_head
-n_embd: at_least(1) = 512
-ffn_dim: at_least(1) = 1376
-vocab_size: at_least(1) = 50304  # GPT-2's 50257, padded to a multiple of 64
-rope_theta: above(0) = 10000.0
+n_layer: between(1, 10_000) = 8
+n_head: between(1, 2**16) = 8
+n_kv_head: between(0, 2**16) = 0  # key/value heads, 0 = n_head
+n_embd: between(1, 2**17) = 512
+ffn_dim: between(1, 2**20) = 1376
+vocab_size: between(1, 2**24) = 50304  # GPT-2's 50257, padded to a multiple of 64
+rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
-rank: at_least(1) = 128  # of the projections, or of LoRA's adapters
-proj_gap: at_least(1) = 200  # steps between a layer's refreshes, at first; or relora's restarts
-gap_growth: at_least(0) = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
+rank: between(1, 2**20) = 128  # of the projections, or of LoRA's adapters
+proj_gap: between(1, 2**31) = 200  # steps between refreshes of a layer, at first; relora's restarts
+gap_growth: between(0, 10) = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
-proj_k: at_least(1) = 5  # refreshes in that mean
+proj_k: between(1, 10**6) = 5  # refreshes in that mean
 proj_bits: one_of(4, 8, 16) = 4  # of the bases; 16: not quantised
 proj_side: one_of("auto", "left", "right") = "auto"  # side of W to project; auto: the smaller
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
-residual_blocks: at_least(1) = 1  # muon, fira: each step uses every n-th row of the full gradient
-galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
+residual_blocks: between(1, 2**10) = 1  # muon, fira: a step uses each n-th row of the full gradient
+galore_scale: between(1e-6, 1e6) = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
 weight_group_size: power_of_two = 256
 freeze_embedding = False  # embedding and head stay: saves their gradients and moments
 embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
-lora_alpha: at_least(1) = 32.0  # adapters are scaled by alpha / rank
+lora_alpha: between(1, 1e6) = 32.0  # adapters are scaled by alpha / rank
 matmul: one_of("float", "int8") = "float"  # int8: x and dy rounded to 8 bits, on INT8 tensor cores
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
 accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients
 # optimizer
-learning_rate: at_least(0) = 0.01
+learning_rate: between(0, 100) = 0.01
 max_iters: at_least(0) = 10000  # steps
-weight_decay: at_least(0) = 0.0  # decoupled, on matrices
+weight_decay: between(0, 1e6) = 0.0  # decoupled, on matrices
 beta1: from_below(0, 1) = 0.9
 beta2: from_below(0, 1) = 0.999
-adam_eps: at_least(0) = 1e-8
+adam_eps: at_least(1e-20) = 1e-8
 grad_clip: at_least(0) = 0.0  # the norm of all gradients, see QGaLore; 0 = off
 decay_lr = True  # cosine from learning_rate to min_lr
 warmup_iters: at_least(0) = 1000
 lr_decay_iters: at_least(0) = 0  # 0 = max_iters
-min_lr = -1.0  # negative = a tenth of learning_rate
+min_lr: between(-1, 100) = -1.0  # negative = a tenth of learning_rate
 # system
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
 dtype: one_of("auto", "bfloat16", "float32") = "auto"  # bfloat16 where the GPU has it, else float32
-threads: at_least(0) = 0  # of the CPU; 0: OMP_NUM_THREADS, or by the model's size
-seed = 1337
-rank_timeout: above(0) = 600.0  # seconds that ranks wait for each other, and for a checkpoint
+threads: between(0, 4096) = 0  # of the CPU; 0: OMP_NUM_THREADS, or by the model's size
+seed: between(0, 2**63 - 1) = 1337
+rank_timeout: between(0.001, 1e6) = 600.0  # seconds that ranks wait for one another
 # -----------------------------------------------------------------------------
 
 if __name__ == "__main__":  # torch takes seconds to load: what is mistyped is said before

@@ -17,6 +17,7 @@ from quant import chunks, dequantize_int8, quantize_int8
 
 # Tokens whose logits exist at once: 62 MiB for 32,000 tokens in float32, where 16 x 256 take 500.
 LOSS_CHUNK = 512
+INIT_STD = 0.02  # of new weights
 
 
 def rms_norm(x, weight, eps):
@@ -228,6 +229,23 @@ class GLU(nn.Module):
         if self.activation == "silu":
             return swiglu(gate, up)
         return geglu(gate, up, "none" if self.activation == "gelu_erf" else "tanh")
+
+
+def plain_embedding(vocab_size, dim, device=None, dtype=None):
+    """torch's Embedding, started like the rest."""
+    layer = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    return layer
+
+
+def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
+    """torch's Linear, by a QLinear's random draws: one seed starts every method alike."""
+    layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
+    w = torch.empty(n_out, n_in, dtype=dtype, device=device)
+    layer.weight = nn.Parameter(w.normal_(std=INIT_STD))
+    if bias:
+        layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
+    return layer
 
 
 def compile_modules(model, kinds, example):

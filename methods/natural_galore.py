@@ -20,7 +20,7 @@ ROUNDING = 1e-10  # of a squared norm: equations of equal gradients have a solut
     fixes=FLOATS,
 )
 class NaturalGaLore(ProjectedWeight):
-    """(H^T H + lambda)^-1 g = H^T (H H^T + lambda)^-1 e, H the last gradients, e the place of g in H.
+    """(H^T H + lambda)^-1 g = H^T (H H^T + lambda)^-1 e: H the last gradients, e where g is in H.
 
     The right-hand side has HISTORY equations and subtracts nothing large. They are in float64:
     lambda beside a squared norm of 1e6 is nothing in float32, and equal gradients would leave no

@@ -78,6 +78,16 @@ class Method:
             raise SystemExit(
                 "error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True"
             )
+        if s.learning_rate * s.weight_decay > 1:
+            raise SystemExit(
+                f"error: weight_decay={s.weight_decay:g}, at learning_rate={s.learning_rate:g}: a "
+                "step would take more than the whole weight; their product is at most 1"
+            )
+        if s.min_lr > s.learning_rate:
+            raise SystemExit(
+                f"error: min_lr={s.min_lr:g} is above learning_rate={s.learning_rate:g}: set it to "
+                "that at most, or to -1, a tenth of it"
+            )
         s.n_kv_head = s.n_kv_head or s.n_head
         return s
 

@@ -38,7 +38,7 @@ OF_OPTIMIZER = {
     "beta2": from_below(0, 1),
     "eps": at_least(1e-20),  # the square of a smaller gradient is 0 in float32
     "weight_decay": between(0, 1e6),
-    "rank": whole(1, 2**31),
+    "rank": whole(1, 2**20),
     "gap": whole(1, 2**31),
     "gap_growth": between(0, 10),
     "scale": between(1e-6, 1e6),
