@@ -68,7 +68,7 @@ def saved(folder, model, **settings):
         "model": model.state_dict(),
         "optimizer": {},
         "iter": 1,
-        "position": (0, 0),
+        "position": 0,
     }
     save_checkpoint(str(folder), checkpoint)
     return str(folder)
