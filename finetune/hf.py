@@ -51,7 +51,7 @@ from finetune.hf_tokenizer import copy_tokenizer, tokenizer_files, write_tokeniz
 from model import QLinear, QMatrix, RMSNorm
 from run.checkpoint import load_model
 from run.encodings import get_encoding
-from run.files import sync, sync_folder, temporary_folder
+from run.files import sweep, sync, sync_folder, temporary_folder
 from run.text import first_line
 
 
@@ -130,6 +130,7 @@ def write(path, config, tensors, like=None, check=None, encoding=None):
     temporary = None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        sweep(os.path.dirname(path), os.path.basename(path) + ".")
         temporary = temporary_folder(path)
         # read config.json back: does it say all that the model is?
         write_json(os.path.join(temporary, "config.json"), config)

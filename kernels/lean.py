@@ -31,7 +31,7 @@ def swiglu(gate, up):
 
 
 def geglu(gate, up, approximate="tanh"):
-    """gelu(gate) * up, of one shape, gelu by its tanh formula, as Gemma has it; or "none": exact."""
+    """gelu(gate) * up, of one shape, gelu by the tanh formula that Gemma has; or "none": exact."""
     return _GeGLU.apply(gate, up, approximate)
 
 

@@ -150,7 +150,8 @@ def restoring(path):
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise SystemExit(f"error: {path} does not fit this run: {type(e).__name__}: {first_line(e)}")
+        why = f"{type(e).__name__}: {first_line(e)}"
+        raise SystemExit(f"error: {path} does not fit this run: {why}")
 
 
 def load_checkpoint(out_dir):

@@ -14,8 +14,8 @@ import torch
 from model import QMatrix
 from run.device import GIB, memory_peak, peak_flops
 from run.encodings import get_encoding
-from run.files import replacing, sync, unused
-from run.plot import plot_loss, read_log
+from run.files import parse_json, replacing, sync, unused
+from run.plot import plot_loss
 from run.text import first_line
 from sample import PROMPT_END, stream
 
@@ -131,11 +131,29 @@ class Clock:
 
 
 def cut_log(path, step):
-    """Drop what was logged after the checkpoint of `step`: those steps come again."""
-    before = read_log(path) if os.path.exists(path) else []
-    kept = [json.dumps(entry) + "\n" for entry in before if entry["iter"] < step]
+    """Drop what was logged after the checkpoint of `step`: those steps come again.
+
+    A line that is no entry goes, too. One that a kill tore, at the end, is nothing; for others the
+    log as it was is set aside."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as f:
+        lines = f.readlines()
+    kept = []
+    damaged = 0
+    for line in lines:
+        try:
+            at = parse_json(line)["iter"]
+            if at < step:
+                kept.append(line)
+        except (ValueError, LookupError, TypeError):
+            damaged += line.endswith(b"\n")
+    if damaged:
+        aside = unused(os.path.join(os.path.dirname(path), "damaged_log.jsonl"))
+        os.rename(path, aside)
+        print(f"note: {damaged} lines of {path} are damaged: it is set aside as {aside}")
     with replacing(path) as f:
-        f.write("".join(kept).encode())
+        f.writelines(kept)
 
 
 def begin(run):

@@ -905,7 +905,7 @@ def test_gpt2_is_known_without_its_vocabulary():
         ("fineweb_val_000000.bin", "val"),
         ("x_val_train_00000.bin", "train"),
         ("x_train_val.bin", "val"),
-        ("x_train_00000.bin.7-0.tmp", None),
+        ("x_train_00000.bin.qgalore-7-0.tmp", None),
         ("._x_train_00000.bin", None),
         ("trainer_0.bin", None),
         ("x_trains_0.bin", None),
@@ -2178,7 +2178,7 @@ def test_a_fork_has_a_renderer_of_its_own():
 
 def test_an_export_deletes_nothing_of_the_users(checkpoint, tmp_path):
     model = hf.load(checkpoint, 16)
-    for name in ("out.tmp", f"out.{os.getpid()}-0.tmp"):
+    for name in ("out.tmp", f"out.qgalore-{os.getpid()}-0.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis").write_text("years of work")
     before = sorted(os.listdir(tmp_path))
