@@ -56,11 +56,11 @@ def main(s):
     idx = torch.tensor([ids], device=device)  # (1, T)
     for i in range(s.num_samples):
         choice = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
-        stream(model, encoding, idx, s.max_new_tokens, seed=s.seed + i, **choice)
+        stream(model, encoding, idx, s.max_new_tokens, seed=s.seed + i, mark=PROMPT_END, **choice)
 
 
-def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed):
-    """Print the prompt idx (1, T) int64, PROMPT_END, and each next token as soon as it is known."""
+def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed, mark=""):
+    """Print the prompt idx (1, T) int64, `mark`, and each next token as soon as it is known."""
     generator = torch.Generator(idx.device).manual_seed(seed)
     ids = idx[0].tolist()
     shown = 0
@@ -75,7 +75,7 @@ def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed
         shown = max(shown, len(text))
 
     show(end=False)
-    print(PROMPT_END, end="", flush=True)
+    print(mark, end="", flush=True)
     for token in generate(model, idx, max_new_tokens, temperature, top_k, top_p, generator):
         if token.item() < encoding.n_vocab:  # vocab_size may be padded beyond the encoding's
             ids.append(token.item())

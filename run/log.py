@@ -207,4 +207,4 @@ def show_sample(run):
         return
     print(f"--- a sample: a prompt, {PROMPT_END}, what the model makes of it")
     stream(run.model, encoding, prompt, s.sample_tokens, temperature=0.7, top_k=40, top_p=1.0,
-           seed=s.seed)
+           seed=s.seed, mark=PROMPT_END)
