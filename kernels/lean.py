@@ -30,7 +30,7 @@ def swiglu(gate, up):
 
 
 def geglu(gate, up, approximate="tanh"):
-    """gelu(gate) * up, of one shape, gelu by its tanh formula, as Gemma has it; or "none": exact."""
+    """gelu(gate) * up, of one shape. approximate: "tanh", gelu as Gemma has it, or "none"."""
     return _GeGLU.apply(gate, up, approximate)
 
 
