@@ -1910,7 +1910,8 @@ def refusal(function, *args):
     return None
 
 
-WRONG = [None, True, [], [None], {}, {"a\nb": [1]}, "x", "a\nb\ud800", -1, 0, 1.5, 10**12, 10**400]
+WRONG = [None, True, [], [None], {}, {"a\nb": [1]}, "x", "a\nb\ud800"]
+WRONG += [-1, 0, 1.5, 10**12, 10**400]
 
 
 def places(value, at=()):
@@ -2246,9 +2247,10 @@ def words_encoding():
     tokens = [bytes([b]) for b in range(256)]
     tokens += [b"th", b"he", b"the", b" the", b"in", b"ing", b"12", b"\n\n", "é".encode()]
     ranks = {token: i for i, token in enumerate(tokens)}
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++|\s++$"
+    pattern += r"|\s+(?!\S)|\s"
     special = {"<|endoftext|>": 270, "<|pad|>": 275}
-    return tiktoken.Encoding("words", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 TEXTS = ["", "the thing in there, 12345 it's\n\n x  ", "<|endoftext|>", "$\n a$\r\n \t",
