@@ -188,7 +188,9 @@ def starting_model(s, checkpoint=None):
             found = hf.settings(path)
         except ValueError as e:
             raise SystemExit(f"error: init_from: {e}")
-        s.pretrained = s.init_from
+        # a folder is found from another working directory, too
+        folder = os.path.expanduser(s.init_from)
+        s.pretrained = os.path.abspath(folder) if os.path.isdir(folder) else s.init_from
         most = found["block_size"]
         if s.block_size > most:
             raise SystemExit(
