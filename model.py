@@ -27,7 +27,7 @@ from kernels.lean import (GLU, INIT_STD, Checkpoint, RMSNorm, compile_modules, h
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
                    quantize_int8, quantize_nf4)
-from run.limits import OF_MODEL, check_values
+from run.ranges import OF_MODEL, check_values
 
 # -----------------------------------------------------------------------------
 # matrices in few bits
@@ -245,7 +245,7 @@ class LLaMAConfig:
     norm_eps: float = 1e-6
     tie_embedding: bool = False
     head_dim: int = 0  # 0: n_embd / n_head
-    activation: str = "silu"  # or "gelu"
+    activation: str = "silu"  # or "gelu", by tanh, or "gelu_erf"
     qkv_bias: bool = False
     embed_scale: float = 1.0  # of the embedding's output
     attn_scale: float = 0.0  # of q k^T; 0: head_dim^-1/2

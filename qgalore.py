@@ -34,7 +34,7 @@ from kernels.subspace import (Arriving, frobenius, random_matrix, range_finder, 
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
-from run.limits import OF_OPTIMIZER, check_values
+from run.ranges import OF_OPTIMIZER, check_values
 from run.ranks import Ranks
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good

@@ -30,9 +30,9 @@ def swiglu(gate, up):
     return _SwiGLU.apply(gate, up)
 
 
-def geglu(gate, up):
-    """gelu(gate) * up, of one shape, gelu by its tanh formula, as Gemma has it."""
-    return _GeGLU.apply(gate, up)
+def geglu(gate, up, approximate="tanh"):
+    """gelu(gate) * up, of one shape, gelu by the tanh formula that Gemma has; or "none": exact."""
+    return _GeGLU.apply(gate, up, approximate)
 
 
 def head_logits(h, weight):
@@ -101,16 +101,17 @@ class _GeGLU(torch.autograd.Function):
     """The same for gelu."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, approximate):
         ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh") * up
+        ctx.approximate = approximate
+        return F.gelu(gate, approximate=approximate) * up
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
-        dup = F.gelu(gate, approximate="tanh").mul_(dy)
-        return dgate, dup
+        dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate=ctx.approximate)
+        dup = F.gelu(gate, approximate=ctx.approximate).mul_(dy)
+        return dgate, dup, None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -217,14 +218,17 @@ class RMSNorm(nn.Module):
 
 
 class GLU(nn.Module):
-    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; with "gelu" Gemma's, by tanh."""
+    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; Gemma's with "gelu", by tanh, and
+    with "gelu_erf", exactly."""
 
     def __init__(self, activation="silu"):
         super().__init__()
         self.activation = activation
 
     def forward(self, gate, up):
-        return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up)
+        if self.activation == "silu":
+            return swiglu(gate, up)
+        return geglu(gate, up, "none" if self.activation == "gelu_erf" else "tanh")
 
 
 def plain_embedding(vocab_size, dim, device=None, dtype=None):

@@ -2,11 +2,18 @@
 The device that a script computes on, in which floats, and what it can do.
 """
 
+import os
 import sys
 
 import torch
 
+from run.machine import free_memory, usable_cores
+
 GIB = 2**30
+
+# of a block's largest product, for each thread: with fewer a second thread gains a third at best,
+# and costs four fifths where another process has its core (threads wait for each other by spinning)
+OPERATIONS_A_THREAD = 10**9
 
 # dense bf16 products with float32 sums, operations a second, from NVIDIA's data sheets
 PEAK_FLOPS = {
@@ -66,6 +73,27 @@ def choose_floats(s):
     return weight_dtype, compute_dtype
 
 
+def choose_threads(shape, tokens, threads=0, cores=None):
+    """Set how many threads torch uses on the CPU. Returns a line that says so.
+
+    shape: has n_embd and ffn_dim. tokens: that pass through a matrix at once. threads: the user's
+    choice, 0: none. Else OMP_NUM_THREADS holds. Else it is by the size of a product and by the
+    cores that there are, not by how busy they are: more threads sum up in another order."""
+    if threads:
+        torch.set_num_threads(threads)
+        return f"threads: {threads}, as threads={threads} says"
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f"threads: {torch.get_num_threads()}, as OMP_NUM_THREADS says"
+    cores = min(cores or usable_cores(), torch.get_num_threads())  # torch's own: a core has one
+    operations = 2 * tokens * shape.n_embd * shape.ffn_dim
+    threads = min(cores, max(1, operations // OPERATIONS_A_THREAD))
+    torch.set_num_threads(threads)
+    return (
+        f"threads: {threads} of {cores}, one for each 1e9 operations of a block's largest product, "
+        f"which has {operations:.2g}; --threads or OMP_NUM_THREADS overrides"
+    )
+
+
 def peak_flops(kind):
     """Operations a second that the GPU's data sheet has for bf16 products, or None."""
     if kind == "cuda":
@@ -79,14 +107,7 @@ def memory_free(kind):
     """Bytes free on "cuda" or "cpu"; None where the system does not tell."""
     if kind == "cuda":
         return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as f:
-            for line in f:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return free_memory()
 
 
 def memory_peak(kind):

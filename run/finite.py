@@ -2,6 +2,8 @@
 Whether a model's weights are numbers: a checkpoint or an export of NaN is worth nothing.
 """
 
+import math
+
 import torch
 
 
@@ -21,3 +23,17 @@ def first_not_finite(model):
         return None
     good = torch.stack(ends).isfinite().all(dim=1).tolist()
     return next((name for name, finite in zip(names, good) if not finite), None)
+
+
+def check_finite(run, loss=0.0):
+    """Exit with one line if a validation loss, or a weight, is not finite.
+
+    A checkpoint holds finite weights alone: the last one is good."""
+    name = first_not_finite(run.model)
+    if name is None and math.isfinite(loss):
+        return
+    what = f"weight {name}" if name else "the validation loss"
+    raise SystemExit(
+        f"error: step {run.it}: {what} is not finite: training stopped; {run.saved}; a lower "
+        "learning_rate, a longer warmup_iters or grad_clip may help"
+    )

@@ -25,7 +25,7 @@ OF_MODEL = {
     "rope_theta": between(1, 1e15),
     "norm_eps": between(1e-30, 1),
     "head_dim": whole(0, 2**16),
-    "activation": one_of("silu", "gelu"),
+    "activation": one_of("silu", "gelu", "gelu_erf"),
     "sliding_window": whole(0, 2**31),
     "global_every": whole(0, 2**31),
     "checkpoint_bits": one_of(8, 16),
