@@ -1679,6 +1679,7 @@ def test_every_setting_and_every_choice_runs(shards, tmp_path):
     "n_kv_head=3", "galore_scale=0", "galore_scale=-1", "proj_threshold=nan", "lora_alpha=0",
     "seed=-1", f"seed={2**70}", "max_minutes=-1", "min_lr=1", "weight_decay=1000",
     "weight_decay=-1", "log_interval=0", "eval_iters=0", "block_size=0", "batch_size=0",
+    "block_size=1000000000",
     "weight_group_size=3", "proj_gap=0", "proj_k=0", f"proj_k={10**12}", "gap_growth=1e9",
     "rank=0", f"rank={10**12}", "gradient_accumulation_steps=0", "keep_checkpoints=0",
     "rank_timeout=1e300", "residual_blocks=0", "residual_blocks=1000000000000", "moments=reset",
