@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from run import memory
 from run.device import choose_threads
 from run.limits import free_memory, usable_cores
+from tests.common import settings
 
 # -----------------------------------------------------------------------------
 # runs that are lost
@@ -145,6 +147,46 @@ def test_a_limit_of_the_process_is_seen(tmp_path, monkeypatch):
     assert free_memory(root) == 10**9 - 1000 * page
     limits[resource.RLIMIT_DATA] = 10**7
     assert free_memory(root) == 10**7 - 500 * page
+
+
+ONE_RANK = SimpleNamespace(size=1)
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--n_layer=1000000000000", "weights"),
+    ("--n_embd=1000000000 --n_head=1000", "weights"),
+    ("--vocab_size=1000000000000", "weights"),
+    ("--ffn_dim=1000000000000000000", "weights"),
+    ("--batch_size=1000000000000", "batch_size"),
+    ("--block_size=1000000000000000", "block_size"),
+])
+def test_sizes_beyond_any_machine_are_refused_at_once(flags, words, monkeypatch, capsys):
+    """By arithmetic: a plan of them would never end. A dry run says what it knows."""
+    monkeypatch.setattr(memory, "memory_plan", None)
+    s = settings("--device=cpu", *flags.split())
+    with pytest.raises(SystemExit, match=f"error: this run needs .*{words}"):
+        memory.fits(s, ONE_RANK, torch.float32, torch.float32)
+    memory.fits(s.changed(dry_run=True), ONE_RANK, torch.float32, torch.float32)
+    assert "NOT enough" in capsys.readouterr().out
+
+
+def test_the_least_a_run_takes_is_less_than_its_plan():
+    for flags in ("--method=qgalore", "--method=adamw", "--method=lora", "--tie_embedding=True"):
+        s = settings("--device=cpu", "--n_layer=2", "--vocab_size=512", *flags.split())
+        least = memory.least(s, torch.float32, torch.float32)
+        plan = memory.memory_plan(s, torch.float32, torch.float32)
+        assert 0.3 * plan["weights"] < least["weights"] <= plan["weights"]
+        assert least["gradients, activations"] < plan["gradients, activations"]
+
+
+@pytest.mark.parametrize("length,share", [(128, 1.0), (8192, 0.0)])
+def test_fragments_are_of_blocks_that_the_heap_keeps(length, share):
+    s = settings("--n_layer=1", "--n_embd=1024", "--n_head=16", "--ffn_dim=1024", "--batch_size=1",
+                 "--vocab_size=64", "--rank=8", f"--block_size={length}", "--proj_side=right")
+    plan = memory.memory_plan(s, torch.float32, torch.float32, fragments=0.75)
+    kept = (plan["fragments, workspaces"] - memory.WORKSPACES) / 0.75
+    assert kept == pytest.approx(share * plan["gradients, activations"], rel=0.01,
+                                 abs=0.1 * plan["gradients, activations"])
 
 # -----------------------------------------------------------------------------
 # what people type
