@@ -25,6 +25,13 @@ import os
 import sys
 from types import SimpleNamespace
 
+from run.show import protect_output
+
+
+# the script whose settings config files assign: others that read one know its defaults, too
+RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
 
 class Settings(SimpleNamespace):
     """Settings by name. `given` {name: where} holds those that the user set, and in what."""
@@ -77,6 +84,8 @@ def configure(*modules, argv=None, ignore_unknown=False):
     scripts do not have, as when sample.py reads a recipe of train.py. Exits with one line on a name
     that is unknown, a value of a wrong type or range, or a file that cannot be read.
     """
+    if argv is None:  # a script of its own
+        protect_output()
     declared = {}
     for module in modules:
         for name, setting in declarations(module).items():
@@ -91,17 +100,19 @@ def configure(*modules, argv=None, ignore_unknown=False):
     # flags first: config files see their values
     flags = {}  # {name: value}
     given = {}  # {name: where}
-    for arg in argv:
+    for place, arg in enumerate(argv):
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
             if not equals:
-                raise SystemExit(f"error: {arg}: write it as --key=value")
+                value = "".join(argv[place + 1 : place + 2]) or "value"
+                raise SystemExit(f"error: {arg}: write it as {arg}={value}")
             _check_name(name, declared, arg)
             flags[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
             given[name] = arg
 
     # then config files, in their order
-    names = _Names(defaults | flags, pinned=flags)
+    recipe = literal_settings(RECIPES) if ignore_unknown else {}
+    names = _Names(recipe | defaults | flags, pinned=flags)
     for path in argv:
         if not path.startswith("--"):
             _read(path, names)
@@ -153,6 +164,14 @@ def declarations(module):
             section=section,
         )
     return found
+
+
+def literal_settings(path):
+    """{name: value} of the numbers, truth values and texts that a script assigns at its top."""
+    with open(path, encoding="utf-8") as f:
+        body = ast.parse(f.read()).body
+    return {_assigned_name(node): ast.literal_eval(node.value) for node in body
+            if _assigned_name(node) and isinstance(node.value, ast.Constant)}
 
 
 def _assigned_name(node):
@@ -221,10 +240,15 @@ def _read(path, names):
     try:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
+    except IsADirectoryError:
+        raise SystemExit(f"error: config file {path}: is a folder; name a file in it")
     except OSError as e:
-        raise SystemExit(f"error: config file {path}: {e.strerror}")
+        flag = f"; a setting is written as --{path.lstrip('-')}" if "=" in path else ""
+        raise SystemExit(f"error: config file {path}: {e.strerror}{flag}")
     except SyntaxError as e:
         raise SystemExit(f"error: config file {path}, line {e.lineno}: {e.msg}")
+    except UnicodeDecodeError as e:
+        raise SystemExit(f"error: config file {path}: byte {e.start} is not UTF-8: save it as that")
     except Exception as e:  # whatever a user's program may raise
         raise SystemExit(f"error: config file {path}: {type(e).__name__}: {e}")
     names.path = outside
@@ -258,6 +282,6 @@ def _typed(name, value, default, where):
     # bool is no int here, and neither nan nor inf is of any use
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise SystemExit(
-            f"error: {where}: {name} must be {kind.__name__}, like {default!r}; found {value!r}"
+            f"error: {where}: {name} must be {KINDS[kind]}, like {default!r}; found {value!r}"
         )
     return value

@@ -22,12 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels.attention import Rotate, all_documents, attend, attention_mask, last, rope
-from kernels.lean import GLU, Checkpoint, compile_modules, head_logits, head_loss, rms_norm
+from kernels.lean import (GLU, INIT_STD, Checkpoint, RMSNorm, compile_modules, head_logits,
+                          head_loss, plain_embedding, plain_linear)  # noqa: F401
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
                    quantize_int8, quantize_nf4)
-
-INIT_STD = 0.02
+from run.ranges import OF_MODEL, check_values
 
 # -----------------------------------------------------------------------------
 # matrices in few bits
@@ -130,6 +130,8 @@ class QLinear(QMatrix):
         self.adapter = None
         self.trains = True
         self.hook = None
+        self.task = None  # the number of the backward that calls the hook; -1: see backward
+        self.anchor = torch.empty(0, requires_grad=True)  # a leaf: only a whole backward goes there
         self.uses = weakref.WeakSet()  # a forward whose result is thrown away leaves by itself
 
     def __getstate__(self):
@@ -162,9 +164,8 @@ class QLinear(QMatrix):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # else a model's first layer has no backward, no hook
-        y = _QLinearFunction.apply(x, self)
+        # by its anchor a model's first layer has a backward, too
+        y = _QLinearFunction.apply(x, self.anchor if torch.is_grad_enabled() else None, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if self.adapter is None else y + self.adapter(x)
@@ -172,11 +173,12 @@ class QLinear(QMatrix):
 
 class _QLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx, x, anchor, layer):
         ctx.layer = layer
-        if layer.hook is not None and ctx.needs_input_grad[0]:
+        if layer.hook is not None and anchor is not None:
             ctx.save_for_backward(x)
             layer.uses.add(ctx)
+            ctx.within = torch._C._current_graph_task_id()  # a checkpoint's backward, or -1: none
         if layer.matmul == "int8":
             y = matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero)
             return y.unflatten(0, x.shape[:-1])
@@ -186,15 +188,22 @@ class _QLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         layer = ctx.layer
         saved = ctx.saved_tensors
-        if layer.matmul == "int8":
+        dx = None
+        if not ctx.needs_input_grad[0]:
+            pass  # the model's input
+        elif layer.matmul == "int8":
             dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero)
             dx = dx.unflatten(0, dy.shape[:-1])
         else:
             dx = dy @ layer.base_weight(dy.dtype)
         if saved:  # after dx, because the hook steps the weight
-            layer.uses.discard(ctx)
+            layer.task = -1  # torch.autograd.grad() asks for gradients of other things alone
+            if torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+                layer.uses.discard(ctx)
+                task = torch._C._current_graph_task_id()
+                layer.task = task if ctx.within == -1 else ctx.within
             layer.hook(layer, saved[0].flatten(0, -2), dy.flatten(0, -2))
-        return dx, None
+        return dx, None, None
 
 
 def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
@@ -219,22 +228,6 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
 
 
 # -----------------------------------------------------------------------------
-# what lies between the matrices
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
-
-    def __init__(self, dim, eps, device=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-# -----------------------------------------------------------------------------
 # the model
 
 
@@ -252,7 +245,7 @@ class LLaMAConfig:
     norm_eps: float = 1e-6
     tie_embedding: bool = False
     head_dim: int = 0  # 0: n_embd / n_head
-    activation: str = "silu"  # or "gelu"
+    activation: str = "silu"  # or "gelu", by tanh, or "gelu_erf"
     qkv_bias: bool = False
     embed_scale: float = 1.0  # of the embedding's output
     attn_scale: float = 0.0  # of q k^T; 0: head_dim^-1/2
@@ -267,6 +260,7 @@ class LLaMAConfig:
     checkpoint_bits: int = 16  # 8: those inputs in INT8; 16: as they are
 
     def __post_init__(self):
+        check_values(OF_MODEL, vars(self))
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim and self.n_embd % self.n_head == 0:
             self.head_dim = self.n_embd // self.n_head
@@ -419,20 +413,3 @@ class LLaMA(nn.Module):
     def compile_pointwise(self):
         """torch.compile what lies between the matrices: a few passes over memory become one."""
         compile_modules(self, (RMSNorm, Rotate, GLU), self.norm.weight.detach())
-
-
-def plain_embedding(vocab_size, dim, device=None, dtype=None):
-    """torch's Embedding, started like the rest."""
-    layer = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
-    nn.init.normal_(layer.weight, std=INIT_STD)
-    return layer
-
-
-def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
-    """torch's Linear, by a QLinear's random draws: one seed starts every method alike."""
-    layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
-    w = torch.empty(n_out, n_in, dtype=dtype, device=device)
-    layer.weight = nn.Parameter(w.normal_(std=INIT_STD))
-    if bias:
-        layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
-    return layer

@@ -28,17 +28,17 @@ from collections import deque
 import torch
 from torch.utils._pytree import tree_map_only
 
-from kernels.moments import ACCUMULATION, MOMENTS, Moments, Sum
+from kernels.moments import Moments, Sum
 from kernels.subspace import (Arriving, frobenius, random_matrix, range_finder, similarity,
                               singular_vectors)
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
+from run.ranges import OF_OPTIMIZER, check_values
 from run.ranks import Ranks
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good
 SKETCH = 4  # a refresh's sketch has SKETCH * rank columns
-SIDES = ("auto", "left", "right")
 
 
 class Projection:
@@ -102,7 +102,9 @@ class Projection:
         a, b = self.sides(x, dy)
         if self.svd:
             return a, b
-        columns = self.rank * (1 if self.basis is None else SKETCH)
+        columns = self.rank
+        if self.basis is not None:  # more than `other` tell nothing new
+            columns = min(SKETCH * self.rank, max(self.rank, self.other))
         return a, b @ random_matrix(key, self.other, columns, b.dtype, b.device)  # Omega
 
     def refresh(self, sketch, step):
@@ -127,11 +129,13 @@ class Projection:
             self.arriving = Arriving(similarity(overlap, self.dim).where(ok, torch.nan))
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
-        if self.growth:  # LoQT's schedule
-            gap += int(self.growth**self.refreshes)
         self.last_refresh = step
-        self.next_refresh = step + gap
+        self.next_refresh = step + gap + self._grown()
         self.refreshes += 1
+
+    def _grown(self):
+        """What LoQT's schedule adds to the gap after the refreshes so far."""
+        return int(self.growth**self.refreshes) if self.growth else 0
 
     def _settle(self):
         """Let the last refresh's similarity decide the gap; returns the next refresh's step."""
@@ -144,8 +148,9 @@ class Projection:
             mean = sum(self.similarities) / len(self.similarities)
             enough = len(self.similarities) == self.similarities.maxlen  # k of them
             if enough and mean >= self.threshold:
+                before = self.gap
                 self.gap = min(2 * self.gap, self.max_gap)
-                self.next_refresh = self.last_refresh + self.gap
+                self.next_refresh += self.gap - before
             self.history.append((self.last_refresh, round(found, 4), self.gap))
         return self.next_refresh
 
@@ -252,14 +257,23 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
+        self.task = None  # the backward in which it last moved
         layer.hook = self.look
 
     @torch.no_grad()
     def look(self, layer, x, dy):
         """The layer's hook: x (T, in) and dy (T, out) of one use of it, in one backward."""
+        if layer.task == -1:  # torch.autograd.grad() trains nothing
+            return
         o = self.optimizer
         o.accumulated |= o.accumulating
         first = self.ended  # of these parts
+        if first and layer.task is not None and layer.task == self.task:
+            raise RuntimeError(
+                f"{self.name} has moved, and more of its gradient comes in the same backward, by a "
+                "checkpoint with use_reentrant=True or retain_graph: use False, or set "
+                "accumulating = True and call step() after backward"
+            )
         if first:  # a step that begins without a basis moves nothing
             self.moves = self.projection.basis is not None
         more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
@@ -275,6 +289,7 @@ class ProjectedWeight(Trained):
             left, right = self.projection.sketch(x, dy, key)
             self.gather("sketch", left, right, more and not alone)
         self.ended = not more
+        self.task = None if more else layer.task
 
     def gather(self, what, left, right, more):
         """Sum left^T right, left (T, rows), right (T, cols), over a step's parts and ranks."""
@@ -370,6 +385,8 @@ class ProjectedWeight(Trained):
         self.layer.add_low_rank_(left, right, shrink, key)
 
     def refresh(self, sketch):
+        if not self.moves:  # else the gradient that came with it was counted
+            self.optimizer.skipped += ~sketch.sum().isfinite()
         self.projection.refresh(sketch, self.step)
 
     def empty_basis(self):
@@ -416,7 +433,8 @@ class Parameter(Trained):
             return
         self.ended = True
         self.p.grad = None  # its memory is free once the step is made
-        self.optimizer.ranks.sum_(gradient.contiguous(), self.receive_gradient)
+        gradient = gradient.to_dense().contiguous()  # torch's Embedding may make a sparse one
+        self.optimizer.ranks.sum_(gradient, self.receive_gradient)
 
     def receive_gradient(self, gradient):
         self.receive(gradient, frobenius(gradient))
@@ -443,10 +461,11 @@ class Parameter(Trained):
 class QGaLore(torch.optim.Optimizer):
     """Steps a model's weights inside backward: QLinears by Q-GaLore, all else by plain Adam.
 
-    loss.backward() is the step, and leaves no .grad behind. For several micro-batches a step, set
-    `accumulating` = True before all but the last; or before all, and call step() after them. Scale
-    each loss by their number, and by that of ranks. step() ends what could not end in backward:
-    steps of several ranks, or clipped by a global norm. Elsewhere it has nothing to do.
+    loss.backward() is the step, and leaves no .grad behind. (torch.autograd.grad() is none.) For
+    several micro-batches a step, set `accumulating` = True before all but the last; or before all,
+    and call step() after them. Scale each loss by their number, and by that of ranks. step() ends
+    what could not end in backward: steps of several ranks, or clipped by a global norm. Elsewhere
+    it has nothing to do.
 
     model: any module, on one device. Frozen parameters, and QLinears with trains = False, stay.
     lr: of ordinary parameters; projected weights move at lr * scale. Torch's schedulers set it.
@@ -468,11 +487,9 @@ class QGaLore(torch.optim.Optimizer):
                  gap=200, scale=0.25, threshold=0.4, k=5, proj_bits=4, moments="factored",
                  stochastic_rounding=True, svd=False, accumulation="int8", grad_clip=0.0, seed=0,
                  ranks=None, side="auto", gap_growth=0.0, weight=ProjectedWeight):
-        for name, value, choices in (("proj_bits", proj_bits, (4, 8, 16)), ("side", side, SIDES),
-                                     ("moments", moments, MOMENTS),
-                                     ("accumulation", accumulation, ACCUMULATION)):
-            if value not in choices:
-                raise ValueError(f"{name} is one of {choices}, not {value!r}")
+        check_values(OF_OPTIMIZER, locals() | {"beta1": betas[0], "beta2": betas[1]})
+        if lr * weight_decay > 1:  # a step would take more than the whole weight
+            raise ValueError(f"weight_decay must be at most 1 / lr, not {weight_decay!r}")
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear)}
         layers = {name: layer for name, layer in linears.items() if layer.trains}
@@ -512,6 +529,11 @@ class QGaLore(torch.optim.Optimizer):
         """{name: what is trained}."""
         return {t.name: t for t in (*self.weights, *self.parameters)}
 
+    def add_param_group(self, group):
+        if self.param_groups:
+            raise ValueError("QGaLore trains what its model has at the start: make a new one")
+        super().add_param_group(group)
+
     def clip_(self, gradient):
         if self.grad_clip:
             gradient.mul_((self.grad_clip / self.norms.norm()).clamp(max=1))
@@ -532,7 +554,7 @@ class QGaLore(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none=True):
-        """Forget gradients that have not moved a weight."""
+        """Forget gradients that have not moved a weight. (Muon's momentum then starts anew.)"""
         super().zero_grad(set_to_none)
         self.accumulated = False
         for t in self.trained.values():
@@ -546,7 +568,8 @@ class QGaLore(torch.optim.Optimizer):
         refreshes = sum(w.projection.refreshes for w in self.weights)
         skipped = int(self.skipped.item())
         self.skipped.zero_()  # counts from here
-        return {"grad_norm": self.norms.norm().item(), "skipped": skipped, "refreshes": refreshes}
+        grad_norm = self.norms.norm(dtype=torch.float64).item()  # squares may overflow float32
+        return {"grad_norm": grad_norm, "skipped": skipped, "refreshes": refreshes}
 
     def pop_refreshes(self):
         """{weight: [(step, similarity that its refresh found, steps to the next)]}: new ones."""
@@ -559,12 +582,20 @@ class QGaLore(torch.optim.Optimizer):
         """Everything that the next step depends on, as tensors, numbers and containers of them."""
         groups = [group | {"params": []} for group in self.param_groups]
         trained = {name: t.state_dict() for name, t in self.trained.items()}
-        return {"param_groups": groups, "norms": self.norms, "trained": trained}
+        now = {"norms": self.norms, "skipped": self.skipped}
+        return {"param_groups": groups, "trained": trained} | now
 
     def load_state_dict(self, state):
+        saved = {name: t["moments"]["m"].shape for name, t in state.get("trained", {}).items()}
+        mine = {name: t.moments.m.shape for name, t in self.trained.items()}
+        if saved != mine:
+            name = next(n for n in mine | saved if mine.get(n) != saved.get(n))
+            raise ValueError(f"this state is of another model or rank: {name} is "
+                             f"{saved.get(name)} there and {mine.get(name)} here")
         state = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), state)
         for group, saved in zip(self.param_groups, state["param_groups"]):
             group.update(saved | {"params": group["params"]})
         self.norms = state["norms"]
+        self.skipped = state.get("skipped", self.skipped)  # an older run did not save it
         for name, t in self.trained.items():
             t.load_state_dict(state["trained"][name])

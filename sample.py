@@ -6,12 +6,7 @@ Generate text from a run's checkpoint, token by token:
 
 import sys
 
-import torch
-
 from configurator import above, at_least, configure, one_of
-from run.checkpoint import load_model
-from run.device import check_device, pick_device
-from run.encodings import get_encoding
 
 # -----------------------------------------------------------------------------
 # text
@@ -28,15 +23,30 @@ seed = 1337
 device: one_of("auto", "cuda", "cpu") = "auto"
 # -----------------------------------------------------------------------------
 
-
-def main():
+if __name__ == "__main__":  # torch takes seconds to load: what is mistyped is said before
     s = configure(sys.modules[__name__], ignore_unknown=True)
+
+import torch
+
+from run.checkpoint import load_model
+from run.device import check_device, pick_device
+from run.encodings import get_encoding
+from run.finite import first_not_finite
+
+
+PROMPT_END = "|>"  # is shown where the prompt ends and the model goes on
+
+
+def main(s):
     device = pick_device(s.device)
     check_device(device)
     try:
         model, name = load_model(s.out_dir, device)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
+    bad = first_not_finite(model)
+    if bad is not None:
+        raise SystemExit(f"error: {s.out_dir}: weight {bad} is not finite: nothing can be sampled")
     encoding = get_encoding(name)
     # a checkpoint's own tokenizer knows special tokens in a text, and may begin with one
     encode = getattr(encoding, "encode_with_special", encoding.encode_ordinary)
@@ -46,11 +56,11 @@ def main():
     idx = torch.tensor([ids], device=device)  # (1, T)
     for i in range(s.num_samples):
         choice = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
-        stream(model, encoding, idx, s.max_new_tokens, seed=s.seed + i, **choice)
+        stream(model, encoding, idx, s.max_new_tokens, seed=s.seed + i, mark=PROMPT_END, **choice)
 
 
-def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed):
-    """Print the prompt idx (1, T) int64 and the tokens that follow, each as soon as it is known."""
+def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed, mark=""):
+    """Print the prompt idx (1, T) int64, `mark`, and each next token as soon as it is known."""
     generator = torch.Generator(idx.device).manual_seed(seed)
     ids = idx[0].tolist()
     shown = 0
@@ -65,6 +75,7 @@ def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed
         shown = max(shown, len(text))
 
     show(end=False)
+    print(mark, end="", flush=True)
     for token in generate(model, idx, max_new_tokens, temperature, top_k, top_p, generator):
         if token.item() < encoding.n_vocab:  # vocab_size may be padded beyond the encoding's
             ids.append(token.item())
@@ -97,4 +108,4 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

@@ -15,17 +15,18 @@ import sys
 import time
 from contextlib import nullcontext
 
-from configurator import above, at_least, configure, from_below, one_of, power_of_two
+from configurator import at_least, between, configure, from_below, one_of, power_of_two
 
 # -----------------------------------------------------------------------------
 # output
 out_dir = "out"  # config.json, log.jsonl, ckpt.pt, loss.png
-keep_checkpoints: at_least(1) = 2  # ckpt.pt, and before it ckpt-1.pt ...
+keep_checkpoints: between(1, 1000) = 2  # ckpt.pt, and before it ckpt-1.pt ...
 eval_interval: at_least(1) = 500  # steps between evaluations; each is followed by a checkpoint
 eval_iters: at_least(1) = 40  # batches an evaluation reads, always the same ones
 log_interval: at_least(1) = 10  # steps between lines of log.jsonl
 eval_only = False  # evaluate once and leave: nothing is written to out_dir
-init_from = "scratch"  # "resume": out_dir's newest checkpoint; or a Hugging Face one, path or name
+init_from = "scratch"  # "resume": out_dir's newest checkpoint; a Hugging Face one, path or name;
+# "auto": resume if there is one, else from scratch; "auto:NAME": else from that Hugging Face one
 max_minutes: at_least(0) = 0.0  # save and leave after so many; 0 = never
 sample_tokens: at_least(0) = 0  # tokens to generate and show at the end
 wandb_log = False
@@ -36,59 +37,60 @@ dry_run = False  # print the memory that this run would take, and leave
 data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py and llm.c write them
 data_input = ""  # text to tokenise into data_dir, if that has no shards: "docs", or files
 encoding = ""  # of the shards, see run/encodings.py; "": gpt2, or the Hugging Face checkpoint's own
-batch_size: at_least(1) = 16  # sequences a micro-batch
-block_size: at_least(1) = 256  # tokens a sequence
-gradient_accumulation_steps: at_least(1) = 1  # micro-batches a step, of all ranks together
+batch_size: between(1, 2**16) = 16  # sequences a micro-batch
+block_size: between(1, 2**24) = 256  # tokens a sequence
+gradient_accumulation_steps: between(1, 10**6) = 1  # micro-batches a step, of all ranks together
 # model (a Hugging Face checkpoint brings its own)
-n_layer: at_least(1) = 8
-n_head: at_least(1) = 8
-n_kv_head: at_least(0) = 0  # key/value heads, 0 = n_head
-n_embd: at_least(1) = 512
-ffn_dim: at_least(1) = 1376
-vocab_size: at_least(1) = 50304  # GPT-2's 50257, padded to a multiple of 64
-rope_theta: above(0) = 10000.0
+n_layer: between(1, 10_000) = 8
+n_head: between(1, 2**16) = 8
+n_kv_head: between(0, 2**16) = 0  # key/value heads, 0 = n_head
+n_embd: between(1, 2**17) = 512
+ffn_dim: between(1, 2**20) = 1376
+vocab_size: between(1, 2**24) = 50304  # GPT-2's 50257, padded to a multiple of 64
+rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
 compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
-rank: at_least(1) = 128  # of the projections, or of LoRA's adapters
-proj_gap: at_least(1) = 200  # steps between a layer's refreshes, at first; or relora's restarts
-gap_growth: at_least(0) = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
+rank: between(1, 2**20) = 128  # of the projections, or of LoRA's adapters
+proj_gap: between(1, 2**31) = 200  # steps between refreshes of a layer, at first; relora's restarts
+gap_growth: between(0, 10) = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)
 proj_threshold = 0.4  # mean similarity at which a layer's gap doubles; over 1: never
-proj_k: at_least(1) = 5  # refreshes in that mean
+proj_k: between(1, 10**6) = 5  # refreshes in that mean
 proj_bits: one_of(4, 8, 16) = 4  # of the bases; 16: not quantised
 proj_side: one_of("auto", "left", "right") = "auto"  # side of W to project; auto: the smaller
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
-residual_blocks: at_least(1) = 1  # muon, fira: each step uses every n-th row of the full gradient
-galore_scale = 0.25  # projected weights move at learning_rate * galore_scale
+residual_blocks: between(1, 2**10) = 1  # muon, fira: a step uses each n-th row of the full gradient
+galore_scale: between(1e-6, 1e6) = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
 weight_group_size: power_of_two = 256
 freeze_embedding = False  # embedding and head stay: saves their gradients and moments
 embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
-lora_alpha: at_least(1) = 32.0  # adapters are scaled by alpha / rank
+lora_alpha: between(1, 1e6) = 32.0  # adapters are scaled by alpha / rank
 matmul: one_of("float", "int8") = "float"  # int8: x and dy rounded to 8 bits, on INT8 tensor cores
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
 accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients
 # optimizer
-learning_rate: at_least(0) = 0.01
+learning_rate: between(0, 100) = 0.01
 max_iters: at_least(0) = 10000  # steps
-weight_decay: at_least(0) = 0.0  # decoupled, on matrices
+weight_decay: between(0, 1e6) = 0.0  # decoupled, on matrices
 beta1: from_below(0, 1) = 0.9
 beta2: from_below(0, 1) = 0.999
-adam_eps: at_least(0) = 1e-8
+adam_eps: at_least(1e-20) = 1e-8
 grad_clip: at_least(0) = 0.0  # the norm of all gradients, see QGaLore; 0 = off
 decay_lr = True  # cosine from learning_rate to min_lr
 warmup_iters: at_least(0) = 1000
 lr_decay_iters: at_least(0) = 0  # 0 = max_iters
-min_lr = -1.0  # negative = a tenth of learning_rate
+min_lr: between(-1, 100) = -1.0  # negative = a tenth of learning_rate
 # system
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
 dtype: one_of("auto", "bfloat16", "float32") = "auto"  # bfloat16 where the GPU has it, else float32
-seed = 1337
-rank_timeout: above(0) = 600.0  # seconds that ranks wait for each other, and for a checkpoint
+threads: between(0, 4096) = 0  # of the CPU; 0: OMP_NUM_THREADS, or by the model's size
+seed: between(0, 2**63 - 1) = 1337
+rank_timeout: between(0.001, 1e6) = 600.0  # seconds that ranks wait for one another
 # -----------------------------------------------------------------------------
 
 if __name__ == "__main__":  # torch takes seconds to load: what is mistyped is said before
@@ -98,56 +100,63 @@ if __name__ == "__main__":  # torch takes seconds to load: what is mistyped is s
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from tqdm import tqdm
 
 from methods.registry import find
-from prepare_c4 import prepare
-from qgalore import QGaLore
-from run.checkpoint import (check_same_model, load_checkpoint, save_checkpoint, starting_model,
-                            whole_state)
-from run.data import open_windows, shard_paths
-from run.device import choose_floats, flops_per_token
-from run.log import Clock, Log, end
+from run.checkpoint import save_checkpoint, starting_model, whole_state
+from run.data import make_data, open_windows, shares_of
+from run.device import choose_floats, choose_threads, flops_per_token
+from run.finite import check_finite
+from run.folder import Folder
+from run.log import Clock, Log, begin, end
 from run.memory import fits
 from run.ranks import Ranks
+from run.resume import agree, checkpoint_to_resume, follow, restore, shards_of
+from run.show import Progress, first_rank, say
 from run.stop import Stop
 
 
 def main(s):
-    began = time.perf_counter()
-    method, checkpoint, fill = settle(s)
-    weight_dtype, compute_dtype = choose_floats(s)
+    """Train in out_dir, while no other process does."""
+    with Folder(s.out_dir) as folder:
+        start(s, folder, began=time.perf_counter())
+
+
+def start(s, folder, began):
+    method, checkpoint, fill, weight_dtype, compute_dtype = settle(s, folder)
     agreed = None if s.dry_run else s.as_dict()  # what all ranks of torchrun must have alike
     ranks = Ranks(s.device, agreed, s.rank_timeout, s.gradient_accumulation_steps)
-    fits(s, ranks, weight_dtype, compute_dtype)
     if s.dry_run:
-        return
+        return fits(s, ranks, weight_dtype, compute_dtype)
     make_data(s, ranks)
     train_data = open_windows(s, "train", seed=s.seed)
     val_data = open_windows(s, "val", seed=None)  # in file order
+    fits(s, ranks, weight_dtype, compute_dtype)
 
     torch.manual_seed(s.seed)
     try:
         model, optimizer = method.build(s, s.device, weight_dtype, ranks, fill)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        train_data.position = checkpoint["position"]
     if s.compile:
         model.compile_pointwise()
     run = Run(s, method, model, optimizer, train_data, val_data, ranks)
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)
+    if checkpoint is not None:
+        restore(run, checkpoint)
     if s.eval_only:
-        run.tell(f"--- {s.init_from}: val loss {run.evaluate():.4f}")
+        loss = run.evaluate()
+        check_finite(run, loss)
+        say(f"--- {s.init_from}: val loss {loss:.4f}")
         return ranks.leave()
 
-    run.it = checkpoint["iter"] if checkpoint else 0
     windows = {"training windows": train_data.total, "validation windows": val_data.total}
     ranks.agree(windows | {"step": run.it})
-    run.log = Log(s, checkpoint, writes=ranks.rank == 0)
+    if ranks.rank == 0:
+        folder.begin(goes_on=checkpoint is not None)
+        run.folder = folder
+        run.log = Log(s, folder, checkpoint)
+        begin(run)
     run.stop = Stop(s.max_minutes, ranks.size == 1, began)
     del checkpoint
     finished = run.loop()
@@ -160,27 +169,26 @@ def main(s):
 # before the first step
 
 
-def settle(s):
+def settle(s, folder):
     """Let a checkpoint, a starting model and the method say what is theirs of the settings: returns
-    (Method, the run's checkpoint or None, what fills the model or None)."""
+    (Method, the run's checkpoint or None, what fills the model or None, dtypes of weights and of
+    computation)."""
+    if not s.eval_only and not s.dry_run and first_rank():
+        folder.hold()
+    checkpoint = checkpoint_to_resume(s)
+    if checkpoint is not None:
+        follow(s, checkpoint)
     method = find(s.method)
-    checkpoint = load_checkpoint(s.out_dir) if s.init_from == "resume" else None
     fill = starting_model(s, checkpoint)
     method.settle(s)
     method.check_model(s)
-    s.lr_decay_iters = s.lr_decay_iters or s.max_iters
-    if s.min_lr < 0:
-        s.min_lr = s.learning_rate / 10
+    dtypes = choose_floats(s)
+    if s.device == "cpu" and not s.dry_run:
+        say(choose_threads(s, s.batch_size * s.block_size, s.threads))
+        s.threads = torch.get_num_threads()
     if checkpoint is not None:
-        check_same_model(checkpoint, s)
-    return method, checkpoint, fill
-
-
-def make_data(s, ranks):
-    """Make the shards of data_input, if there are none; the other ranks wait for them."""
-    if ranks.rank == 0 and s.data_input and not shard_paths(s.data_dir, "train"):
-        prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
-    ranks.agree({})
+        agree(s, checkpoint)
+    return method, checkpoint, fill, *dtypes
 
 
 # -----------------------------------------------------------------------------
@@ -193,9 +201,10 @@ def learning_rate_at(it, s, method):
         return s.learning_rate * (it + 1) / (s.warmup_iters + 1)
     lr = s.learning_rate
     if s.decay_lr:
-        progress = (it - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        lr = s.min_lr + cosine * (s.learning_rate - s.min_lr)
+        steps = (s.lr_decay_iters or s.max_iters) - s.warmup_iters
+        progress = min(1.0, (it - s.warmup_iters) / max(1, steps))
+        min_lr = s.min_lr if s.min_lr >= 0 else s.learning_rate / 10
+        lr = min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - min_lr)
     return method.rate(s, it) * lr
 
 
@@ -210,27 +219,18 @@ class Run:
         self.train_data = train_data
         self.val_data = val_data
         self.ranks = ranks
-        self.in_backward = isinstance(optimizer, QGaLore)  # else torch's own optimizer
         self.autocast = nullcontext()
         self.clock = Clock(s, ranks, flops_per_token(model.config))
         self.it = 0  # steps taken
-        self.val_loss = self.log = self.stop = None
-
-    def tell(self, text):
-        if self.ranks.rank == 0:
-            tqdm.write(text)
+        self.saved = "there is no checkpoint"
+        self.val_loss = self.folder = self.log = self.stop = None
 
     def loop(self):
         """Train to the end; False if the run was stopped before."""
         s = self.s
         self.check_ranks("at the start")
-        weights = getattr(self.optimizer, "weights", ())
-        clamped = [w.name for w in weights if w.projection.rank < s.rank]
-        if clamped:
-            self.tell(f"note: rank {s.rank} is larger than the smaller side of {len(clamped)} "
-                      f"matrices, {clamped[0]} among them: these train at full rank")
-        bar = tqdm(total=s.max_iters, initial=self.it, unit="step", dynamic_ncols=True,
-                   disable=None if self.ranks.rank == 0 else True)
+        progress = Progress(total=s.max_iters, unit="steps", done=self.it,
+                            shown=self.ranks.rank == 0)
         start = self.it
         stopping = False
         self.clock.start(self.it)
@@ -238,8 +238,9 @@ class Run:
             if self.it % s.eval_interval == 0 or self.it >= s.max_iters:
                 self.val_loss = self.evaluate()
                 tokens = self.it * self.clock.tokens_per_step
-                self.log.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens})
-                self.tell(f"step {self.it}: val loss {self.val_loss:.4f}")
+                self.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens})
+                check_finite(self, self.val_loss)
+                say(f"step {self.it}: val loss {self.val_loss:.4f}")
                 if self.it > start:
                     self.save()
                 self.clock.start(self.it)
@@ -247,16 +248,16 @@ class Run:
                 break
             lr = learning_rate_at(self.it, s, self.method)
             loss = self.step(lr)
-            bar.update()
+            figures = None
             stopping = self.ranks.any(self.stop.asked())
             if (self.it - 1) % s.log_interval == 0 or stopping:
                 entry = self.report(loss, lr)
-                shown = {"loss": f"{entry['loss']:.3f}"}
-                bar.set_postfix(shown | {"tokens_per_s": f"{entry['tokens_per_s']:.0f}"})
+                figures = f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,.0f} tokens/s"
+            progress.advance(figures=figures)
             if stopping:
                 self.save()
                 break
-        bar.close()
+        progress.close()
         return not stopping
 
     def step(self, lr):
@@ -268,7 +269,7 @@ class Run:
         batches = []
         for _ in range(s.gradient_accumulation_steps // self.ranks.size):
             batches.append(self.train_data.batch(s.batch_size, self.ranks.rank, self.ranks.size))
-        shares = self.shares(batches)
+        shares = shares_of(batches, self.train_data.rows, s, self.ranks)
         loss = torch.zeros((), device=s.device)
         for i, batch in enumerate(batches):
             x, y, documents = self.on_device(batch)
@@ -277,31 +278,10 @@ class Run:
                 micro_loss = self.model(x, y, documents=documents) * shares[i]
             micro_loss.backward()  # in-backward methods also update the weights here
             loss += micro_loss.detach()
-        if not self.in_backward:
-            self.sum_and_clip()
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1
         return loss
-
-    def shares(self, batches):
-        """The weight of each micro-batch's mean loss in the step's loss.
-
-        Micro-batches of examples have unequal numbers of targets, and each target counts alike."""
-        if not self.train_data.rows:
-            return [1 / self.s.gradient_accumulation_steps] * len(batches)
-        targets = [(y >= 0).sum().item() for _, y, _ in batches]
-        of_step = max(1, self.ranks.total(sum(targets)))
-        return [n / of_step for n in targets]
-
-    def sum_and_clip(self):
-        """For an optimizer of torch's: sum gradients over ranks, clip them by their norm."""
-        for p in self.model.parameters():
-            if p.grad is not None:
-                self.ranks.sum_(p.grad, lambda grad: None)
-        self.ranks.land()
-        limit = self.s.grad_clip or math.inf
-        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def on_device(self, batch):
         return [t if t is None else t.to(self.s.device, non_blocking=True) for t in batch]
@@ -327,37 +307,41 @@ class Run:
     def report(self, loss, lr):
         """Log the step that was just taken; returns the entry."""
         loss = self.ranks.total(loss.item())  # a sync point
+        if not math.isfinite(loss):
+            check_finite(self)
         entry = {"iter": self.it - 1, "loss": loss, "lr": lr} | self.clock.lap(self.it)
-        if self.in_backward:
-            entry |= self.optimizer.pop_stats()
-            if refreshes := self.optimizer.pop_refreshes():
-                entry["subspaces"] = refreshes
-        else:
-            entry["grad_norm"] = self.norm.item()
-        self.log.write(entry)
+        entry |= self.optimizer.pop_stats()
+        if refreshes := self.optimizer.pop_refreshes():
+            entry["subspaces"] = refreshes
+        self.write(entry)
         return entry
+
+    def write(self, entry):
+        if self.ranks.rank == 0:
+            self.log.write(entry)
 
     def check_ranks(self, when):
         self.ranks.check_identical(whole_state(self.model, self.optimizer), when)
 
     def save(self):
+        check_finite(self)
         self.check_ranks(f"at step {self.it}")
-        if self.ranks.rank == 0:
-            self.log.sync()
-            checkpoint = {
-                "config": self.s.as_dict(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "iter": self.it,
-                "position": self.train_data.position,
-            }
-            save_checkpoint(self.s.out_dir, checkpoint, self.s.keep_checkpoints)
+        if self.ranks.rank > 0:
+            return
+        self.log.sync()
+        checkpoint = {
+            "config": self.s.as_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iter": self.it,
+            "position": self.train_data.position,
+            "shards": shards_of(self.train_data),
+            "wandb_id": self.log.wandb_id,
+        }
+        save_checkpoint(self.folder.now, checkpoint, self.s.keep_checkpoints)
+        self.folder.settle(self.log)
+        self.saved = f"{self.folder.path}/ckpt.pt has step {self.it}"
 
 
 if __name__ == "__main__":
-    try:
-        main(s)
-    except KeyboardInterrupt:
-        raise SystemExit("error: stopped, not saved: --init_from=resume takes the last checkpoint")
-    except OSError as e:  # a full disk, most likely
-        raise SystemExit(f"error: {e}")
+    main(s)

@@ -3,9 +3,11 @@ Pretrained checkpoints: in, tuned, judged and out again. The core never imports 
 
     hf.py                 Hugging Face checkpoints out, and in: hf_load.py
     hf_config.py          what their config.json says; hf_files.py: their safetensors files
-    tokenizer.py          the tokenizer of a checkpoint, with its chat template
-    prepare_sft.py        conversations, or prompts and answers, as shards that train.py reads
-    evaluate.py           validation loss, and tasks with known answers
+    fields.py, paths.py   the fields of a stranger's JSON; where checkpoints lie
+    tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template
+    hf_tokenizer.py       the tokenizer of an export
+    prepare_sft.py        prompts and answers, or conversations.py, as shards that train.py reads
+    evaluate.py           validation loss, and tasks with known answers, of questions.py
     adapters.py           LoRA, and LowRank, which takes a matrix's place
     welore.py             WeLore: a checkpoint whose low-rank matrices become two factors
 

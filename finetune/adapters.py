@@ -6,6 +6,7 @@ LowRank is all that WeLore (arXiv 2407.11239, finetune/welore.py) leaves of a ma
 """
 
 import math
+import re
 
 import torch
 import torch.nn as nn
@@ -68,10 +69,12 @@ class LowRank(nn.Module):
 def parse_ranks(low_rank):
     """{name: rank} of a text "NAME=RANK NAME=RANK ...", as in LLaMAConfig.low_rank.
 
-    Raises ValueError for a rank that is no whole number."""
+    Raises ValueError for a rank that is no whole number of at least 1."""
     ranks = {}
     for part in low_rank.split():
         name, _, rank = part.rpartition("=")
+        if not re.fullmatch("[1-9][0-9]{0,8}", rank):
+            raise ValueError(f"low_rank: {part!a} is not a matrix's name and its rank, NAME=RANK")
         ranks[name] = int(rank)
     return ranks
 
@@ -80,15 +83,18 @@ def put_low_rank(model, low_rank, dtype=None, device=None):
     """Put a LowRank, still zero, in the place of each matrix that the text `low_rank` names.
 
     low_rank: LLaMAConfig.low_rank, "NAME=RANK NAME=RANK ..."; "" changes nothing. dtype, device:
-    of the factors; a bias stays as it is. Raises ValueError where the model has no such matrix."""
+    of the factors; a bias stays as it is. Raises ValueError where the model has no such matrix, or
+    none of such a rank."""
     matrices = {}
     for name, module in model.named_modules():
         if hasattr(module, "out_features"):  # a QLinear, or torch's Linear
             matrices[name] = module
     for name, rank in parse_ranks(low_rank).items():
         if name not in matrices:
-            raise ValueError(f"low_rank: the model has no matrix {name!r}")
+            raise ValueError(f"low_rank: the model has no matrix {name!a}")
         old = matrices[name]
+        if rank > min(old.out_features, old.in_features):
+            raise ValueError(f"low_rank: rank {rank} is more than the sides of {name} are long")
         bias = getattr(old, "bias", None)  # the parameter itself: it stays trained
         factors = LowRank(old.out_features, old.in_features, rank, bias, dtype, device)
         model.set_submodule(name, factors)

@@ -13,42 +13,22 @@ Evaluate a model: a run's folder, a Hugging Face directory or a hub name.
     python -m finetune.evaluate --model=out --task=generate --data=gsm8k.jsonl --shots=8 \
         --prompt='Question: {question}\nAnswer:'
 
-The result is a JSON file. Stop at any time: the same command goes on where it stopped.
+The result is a JSON file in the working directory, whose name says what was evaluated. Stop at any
+time: the same command goes on where it stopped.
 
 What is not in 8 bits is as a run saved it (--dtype=auto). Of a Hugging Face model it is float32 on
 a CPU and else bfloat16.
 """
 
-import contextlib
-import glob
-import hashlib
-import itertools
-import json
-import os
-import re
 import sys
-import time
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from configurator import at_least, configure, one_of
-from finetune.prepare_sft import encode, prompt_and_completion, records, template
-from finetune.tokenizer import Tokenizer
-from run.checkpoint import checkpoint_paths, load_model
-from run.device import check_device, memory_peak, pick_device
-from run.encodings import fingerprint, get_encoding
-from run.files import replacing
-from run.shards import open_shard
-from run.text import valid
 
 # what to evaluate
 model = "out"  # a run's folder, a Hugging Face directory or a hub name
 task: one_of("perplexity", "choice", "mmlu", "generate") = "perplexity"  # see above
-data = ""  # .txt or .bin files (a glob); .jsonl, .tsv, .csv records; MMLU's folder
-out = ""  # JSON file for the result; '': eval-TASK.json in the run's folder, or here
+data = ""  # texts or .bin files (a glob); .jsonl, .tsv, .csv records; MMLU's folder
+out = ""  # JSON file for the result; '': one named by model, task and data, here
 limit: at_least(0) = 0  # only the first n windows, records, or questions of a subject; 0 = all
 batch_size: at_least(1) = 8  # items at once; changes speed and memory alone
 block_size: at_least(0) = 0  # the context's tokens, 0 = the model's
@@ -66,78 +46,89 @@ max_new_tokens: at_least(1) = 256  # of an answer, which also ends at end-of-tex
 stop = "Question:"  # it ends before this, too; \n for a newline; '': at end-of-text alone
 
 # computation
-device = "auto"  # cuda where there is one, else cpu
+device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
 dtype: one_of("auto", "bfloat16", "float32") = "auto"  # of what is not in 8 bits; auto: see above
 weight_bits: one_of(4, 8, 16) = 8  # of a Hugging Face model's matrices; 16: as they are, 4: NF4
 
-LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB
-
-# MMLU's own, categories.py of github.com/hendrycks/test. Unlike in lm-eval, anatomy is Other.
-GROUPS = {
-    "STEM": """
-        abstract_algebra astronomy college_biology college_chemistry college_computer_science
-        college_mathematics college_physics computer_security conceptual_physics
-        electrical_engineering elementary_mathematics high_school_biology high_school_chemistry
-        high_school_computer_science high_school_mathematics high_school_physics
-        high_school_statistics machine_learning""",
-    "Social Sciences": """
-        econometrics high_school_geography high_school_government_and_politics human_sexuality
-        high_school_macroeconomics high_school_microeconomics high_school_psychology
-        professional_psychology public_relations security_studies sociology us_foreign_policy""",
-    "Humanities": """
-        formal_logic high_school_european_history high_school_us_history high_school_world_history
-        international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy
-        prehistory professional_law world_religions""",
-    "Other": """
-        anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging
-        management marketing medical_genetics miscellaneous nutrition professional_accounting
-        professional_medicine virology""",
-}
-GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
-
-# (sign, digits): a minus that is no hyphen, a dollar, thousands with commas or without
-NUMBER = re.compile(r"((?<![\w)])-\$?|\$-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-
-
-def main():
+if __name__ == "__main__":
     s = configure(sys.modules[__name__])
+
+from finetune.questions import GROUP_OF, check, number, read_questions
+
+if __name__ == "__main__":  # torch takes seconds to load: what is mistyped is said before
+    check(s)
+
+import contextlib
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from finetune.prepare_sft import encode
+from finetune.tokenizer import Tokenizer
+from prepare_c4 import encode_long
+from run.checkpoint import checkpoint_paths, load_model
+from run.device import check_device, memory_peak, pick_device
+from run.encodings import fingerprint, get_encoding
+from run.files import check_file, fcntl, lock, parse_json, replacing
+from run.records import NotText, decode, matching, open_source, records
+from run.shards import open_shard
+from run.text import first_line, valid
+
+LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB
+LARGEST_TEXT = 1 << 28  # bytes; its tokens are in memory
+
+
+def main(s):
     try:
         evaluate(s)
     except OSError as e:
-        raise SystemExit(f"error: {e.filename}: {e.strerror}")
+        raise SystemExit(f"error: {e.filename or 'the result'}: {e.strerror or e}")
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: out of memory on the GPU; a smaller --batch_size takes less")
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on where it stopped")
 
 
 def evaluate(s):
     """Do what the settings describe: write the result, and print its figures."""
-    if not os.path.exists(s.data) and not glob.glob(s.data):
-        raise SystemExit(f"error: data={s.data}: no such file or folder")
+    paths = {name: os.path.expanduser(getattr(s, name)) for name in PATHS}
+    s = s.changed(**paths)
+    check(s)
     questions = read_questions(s)  # before the model, which takes longer to load
-
-    # the model, and what it is to compute
     kind = pick_device(s.device)
     check_device(kind)
-    model, encoding = load(s, kind)
-    items, text_bytes = make_items(s, questions, encoding, model.config.block_size)
 
-    # its answers; those of an interrupted run lie beside the result
-    path = s.out
-    if not path:
-        of_run = checkpoint_paths(s.model)
-        path = os.path.join(s.model if of_run else "", f"eval-{s.task}.json")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    partial = path + ".partial.jsonl"
-    results = answer_all(s, model, encoding, items, partial)
+    # where the result goes, and beside it what an interrupted run has found
+    subject = subject_of(s)
+    path = s.out or name_of(s, subject)
+    check_out(path, subject)
+    with open_partial(f"{path}.partial.jsonl") as partial:
+        # the model, and what it is to compute
+        model, encoding = load(s, kind)
+        if subject_of(s) != subject:  # of a live run, say
+            raise SystemExit(f"error: {s.model} or {s.data} has changed meanwhile: start again")
+        items, text_bytes = make_items(s, questions, encoding, model.config)
+        results = answer_all(s, model, encoding, items, partial, subject)
 
-    # what they amount to
-    result = summary(s, items, results, text_bytes)
-    result["seconds"] = sum(r["seconds"] for r in results)
-    result["peak_memory_gib"] = memory_peak(kind)
-    result["settings"] = s.as_dict()
-    with replacing(path) as f:
-        f.write(json.dumps(result, indent=1).encode() + b"\n")
-    os.unlink(partial)
+        # what they amount to
+        result = summary(s, items, results, text_bytes)
+        result["seconds"] = sum(r["seconds"] for r in results)
+        result["peak_memory_gib"] = memory_peak(kind)
+        result["settings"] = s.as_dict()
+        result["subject"] = subject
+        with replacing(path) as f:
+            f.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+        os.unlink(partial.name)
     print_figures(path, result)
     for group, part in result.get("groups", {}).items():
         print_figures(group, part)
@@ -149,7 +140,7 @@ def load(s, kind):
     try:
         model, name = load_model(s.model, kind, dtype, s.weight_bits)
     except ValueError as e:
-        raise SystemExit(f"error: {e}")
+        raise SystemExit(f"error: {first_line(e)}")
     return model, get_encoding(name)
 
 
@@ -159,140 +150,89 @@ def print_figures(name, part):
 
 
 # -----------------------------------------------------------------------------
-# questions: each has its text, the endings that it may have, the answer, and shots before it
+# what is evaluated, and the files that are named by it
+
+PATHS = ("model", "data", "shots_data", "out")  # settings
+NO_MATTER = ("out", "batch_size", "device")  # settings that change no result
 
 
-def read_questions(s):
-    """The questions of a task; of perplexity none."""
-    if s.task == "perplexity":
-        return []
-    if s.task == "mmlu":
-        return read_mmlu(s.data, s.shots, s.limit)
-    return read_records(s)[: s.limit or None]
+def subject_of(s):
+    """A hash of what the result depends on.
+
+    That is settings, and names, sizes and times of the data's and the model's files."""
+    files = []
+    for name in ("data", "shots_data"):
+        path = getattr(s, name)
+        if os.path.isdir(path):
+            files += glob.glob(os.path.join(glob.escape(path), "*", "*.csv"))  # MMLU's
+        elif path:
+            files += matching(path, name)
+    files += checkpoint_paths(s.model)[:1]
+    for ending in ("*.safetensors", "*.json", "*.model"):
+        files += glob.glob(os.path.join(glob.escape(s.model), ending))
+    stats = []
+    for path in sorted(files):
+        stat = os.stat(path)
+        stats.append((os.path.realpath(path), stat.st_size, stat.st_mtime_ns))
+    settings = {name: x for name, x in s.as_dict().items() if name not in NO_MATTER}
+    for name in PATHS:
+        if os.path.exists(getattr(s, name)) and name in settings:
+            settings[name] = os.path.realpath(getattr(s, name))
+    return hashlib.sha256(json.dumps([settings, stats]).encode()).hexdigest()[:16]
 
 
-def read_records(s):
-    """The questions of choice or generate."""
+def name_of(s, subject):
+    """The result's file, which no other subject has."""
     words = []
-    if s.task == "choice":
-        words = [word.strip() for word in s.labels.split(",")]
-    if words == [""]:
-        raise SystemExit(f"error: task {s.task} needs --prompt and --labels")
-    if not s.prompt:
-        raise SystemExit(f"error: task {s.task} needs --prompt")
-    prompt = template("prompt", s.prompt)
-    completion = template("completion", s.completion or (" {label}" if words else " {answer}"))
-
-    def questions(path):
-        for where, record in records(path, s.columns):
-            try:
-                yield make_question(record, prompt, completion, words)
-            except ValueError as e:
-                raise SystemExit(f"error: {path}, {where}: {e}")
-
-    # shots are of their own file, or the first of the questions
-    asked = list(questions(s.data))
-    if s.shots_data:
-        known = list(itertools.islice(questions(s.shots_data), s.shots))
-    else:
-        known = asked[: s.shots]
-        asked = asked[s.shots :]
-    if len(known) < s.shots:
-        source = s.shots_data or s.data
-        raise SystemExit(f"error: {source}: {len(known)} records for {s.shots} shots")
-    shots = [shot["text"] + shot["solution"] + "\n\n" for shot in known]
-    return [question | {"shots": shots} for question in asked]
+    for path in (s.model, s.data):
+        word = os.path.basename(os.path.abspath(path))
+        words.append(re.sub(r"[^\w.-]+", "-", word)[:40])
+    return f"eval-{s.task}-{words[0]}-{words[1]}-{subject[:8]}.json"
 
 
-def make_question(record, prompt, completion, words):
-    """The question in a record of choice, whose labels are `words`, or of generate.
-
-    prompt, completion: templates. Raises ValueError if there is none in it."""
-    if isinstance(record, ValueError):
-        raise record
-    (text, _), (solution, _) = prompt_and_completion(record, prompt, completion, words)
-    question = {"text": text, "solution": solution}
-    if not words:
-        answer = number(solution)
-        if answer is None:
-            raise ValueError(f"no number in the answer {solution!r}")
-        return question | {"endings": [""], "answer": answer}
-    # each label's, by the same template
-    endings = []
-    for i in range(len(words)):
-        pieces = prompt_and_completion(record | {"label": i}, prompt, completion, words)
-        endings.append(pieces[1][0])
-    if "label" not in record:
-        raise ValueError("no field 'label'")
-    return question | {"endings": endings, "answer": int(record["label"])}
+def check_out(path, subject):
+    """Exit with one line if the result cannot go there; say so if it takes another one's place."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(path):
+        return
+    check_file(path)
+    with open(path, "rb") as f:
+        content = f.read()
+    try:
+        before = parse_json(content)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or "settings" not in before:
+        raise SystemExit(f"error: out={path}: is there, and is no result: name another file")
+    if before.get("subject") != subject:
+        print(f"note: {path} has the result of other settings, model or data: it is replaced")
 
 
-def read_mmlu(folder, shots, limit=0):
-    """MMLU's questions, with the benchmark's prompt, less its second space before the subject."""
-    questions = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "test", "*_test.csv"))):
-        subject = os.path.basename(path).removesuffix("_test.csv")
-        if subject not in GROUP_OF:
-            print(f"note: {subject} is none of MMLU's 57 subjects: counted under Other")
-        # the examples before each question
-        known = []
-        if shots:
-            dev = os.path.join(folder, "dev", f"{subject}_dev.csv")
-            for text, letter in itertools.islice(mmlu_examples(dev), shots):
-                known.append(f"{text} {letter}\n\n")
-            if len(known) < shots:
-                raise SystemExit(f"error: {dev}: {len(known)} examples for {shots} shots")
-        # the questions
-        head = (
-            "The following are multiple choice questions (with answers) about "
-            f"{subject.replace('_', ' ')}.\n\n"
-        )
-        for text, letter in itertools.islice(mmlu_examples(path), limit or None):
-            question = {
-                "subject": subject,
-                "head": head,
-                "shots": known,
-                "text": text,
-                "answer": "ABCD".index(letter),
-                "endings": [" A", " B", " C", " D"],
-            }
-            questions.append(question)
-    return questions
-
-
-def mmlu_examples(path):
-    """Yield (question with its choices, the right letter) of one of MMLU's files."""
-    for where, x in records(path, "question,A,B,C,D,answer"):
-        why = None
-        if isinstance(x, ValueError):
-            why = x
-        elif x["answer"] not in ("A", "B", "C", "D"):
-            why = f"answer {x['answer']!r}, expected A, B, C or D"
-        if why:
-            raise SystemExit(f"error: {path}, {where}: {why}")
-        choices = [f"{letter}. {x[letter]}" for letter in "ABCD"]
-        yield "\n".join([x["question"], *choices, "Answer:"]), x["answer"]
-
-
-def number(text):
-    """The number after '####', on that line; else the text's last; else None."""
-    marked = text.partition("####")[2].partition("\n")[0]
-    found = NUMBER.findall(marked)[:1] or NUMBER.findall(text)[-1:]
-    if not found:
-        return None
-    sign, digits = found[0]
-    value = float(digits.replace(",", ""))
-    return -value if "-" in sign else value
+@contextlib.contextmanager
+def open_partial(path):
+    """The file of results so far, to read and to append to; this process alone has it."""
+    if os.path.exists(path):
+        check_file(path)
+    with open(path, "a+b") as f:
+        if fcntl and not lock(f):
+            raise SystemExit(f"error: {path}: another process evaluates this: wait for it")
+        try:
+            yield f
+        finally:
+            if os.path.exists(path) and not os.path.getsize(path):
+                os.unlink(path)  # nothing was found
 
 
 # -----------------------------------------------------------------------------
 # items: what the model computes, each with its rows of tokens (see loglikelihoods)
 
 
-def make_items(s, questions, encoding, block_size):
+def make_items(s, questions, encoding, config):
     """(items, bytes of perplexity's text): windows of text, or the questions with their rows.
 
-    block_size: the model's."""
+    config: the model's LLaMAConfig."""
+    block_size = config.block_size
     window = s.block_size or block_size
     if s.task == "generate":
         room = window - s.max_new_tokens
@@ -309,6 +249,12 @@ def make_items(s, questions, encoding, block_size):
         text_bytes = 0
     if not items:
         raise SystemExit(f"error: data={s.data}: there is nothing in it for task {s.task}")
+    largest = max(ids.max() for item in items for ids, _ in item["rows"])
+    if largest >= config.vocab_size:
+        raise SystemExit(
+            f"error: data={s.data}: token {largest} is beyond the model's vocab_size "
+            f"{config.vocab_size}: is it of another tokenizer?"
+        )
     return items, text_bytes
 
 
@@ -352,29 +298,60 @@ def with_bos(encoding, ids):
 def windows(data, encoding, block_size, limit=0):
     """(items, bytes of text) of perplexity: windows of block_size tokens, end to end.
 
-    Each token is predicted once; a file's first one after bos or end-of-text, as in lm-eval's
+    Each token is predicted once; a text's first one after bos or end-of-text, as in lm-eval's
     rolling log-likelihood. limit: only so many windows, 0 = all."""
     items = []
     size = 0
-    for path in filter(os.path.isfile, sorted(glob.glob(data))):
-        tokens = read_tokens(path, encoding)
-        first = with_bos(encoding, []) or [encoding.eot_token]
-        ids = np.concatenate([first, tokens]).astype(np.int64)
-        starts = range(0, len(ids) - 1, block_size)
-        if limit:
-            starts = starts[: limit - len(items)]
-        for start in starts:
-            # one token more: it is only predicted
-            items.append({"rows": [(ids[start : start + block_size + 1], 1)]})
-        size += count_bytes(ids[1 : len(starts) * block_size + 1], encoding)
+    for path in matching(data, "data"):
+        for tokens in read_tokens(path, encoding):
+            first = with_bos(encoding, []) or [encoding.eot_token]
+            ids = np.concatenate([first, tokens]).astype(np.int64)
+            starts = range(0, len(ids) - 1, block_size)
+            if limit:
+                starts = starts[: limit - len(items)]
+            for start in starts:
+                # one token more: it is only predicted
+                items.append({"rows": [(ids[start : start + block_size + 1], 1)]})
+            size += count_bytes(ids[1 : len(starts) * block_size + 1], encoding)
+            if limit and len(items) == limit:
+                return items, size
     return items, size
 
 
 def read_tokens(path, encoding):
-    """The tokens of a text file, or of a shard."""
-    if not path.endswith(".bin"):
-        text = np.fromfile(path, np.uint8).tobytes().decode("utf-8", "replace")
-        return encoding.encode_ordinary(text)
+    """Yield the tokens of each text of a file: its one, or its records', or a shard's."""
+    if path.endswith(".bin"):
+        yield read_shard(path, encoding)
+    elif re.search(r"\.(jsonl?|csv|tsv)(\.gz|\.zst)?$", path, re.I):
+        for where, record in records(path):
+            if isinstance(record, ValueError):
+                raise SystemExit(f"error: {path}, {where}: {record}")
+            if not isinstance(record.get("text"), str):
+                raise SystemExit(f'error: {path}, {where}: no string "text"')
+            yield tokens_of(record["text"], encoding)
+    else:
+        with open_source(path) as stream:
+            text = stream.read(LARGEST_TEXT + 1)
+        if len(text) > LARGEST_TEXT:
+            raise SystemExit(
+                f"error: {path}: more than {LARGEST_TEXT >> 20} MiB of text: make shards of it "
+                "with prepare_c4.py, and name those"
+            )
+        try:
+            yield tokens_of(decode(text), encoding)
+        except NotText as e:
+            raise SystemExit(f"error: {path}: at byte {e.at:,}: {e}")
+
+
+def tokens_of(text, encoding):
+    """The tokens of a text of any length, (n,) of any integer type."""
+    pieces = [np.array([], np.int64)]
+    encode_long(encoding, text, pieces)
+    return np.concatenate(pieces)
+
+
+def read_shard(path, encoding):
+    """The tokens of a shard of plain text."""
     shard = open_shard(path)
     other_size = shard.n_vocab not in (0, encoding.n_vocab)
     other_vocabulary = shard.fingerprint not in (0, fingerprint(encoding))
@@ -382,6 +359,12 @@ def read_tokens(path, encoding):
         raise SystemExit(
             f"error: {path}: made by finetune.prepare_sft, "
             "or with another encoding than the model's"
+        )
+    largest = shard.tokens.max()
+    if largest >= encoding.n_vocab:
+        raise SystemExit(
+            f"error: {path}: token {largest} is beyond the {encoding.n_vocab} of the model's "
+            "encoding"
         )
     return shard.tokens
 
@@ -391,7 +374,11 @@ def count_bytes(ids, encoding):
     text = ids[ids != encoding.eot_token]
     size = 0
     for i in range(0, len(text), 10**6):  # lists of Python integers take memory
-        size += len(encoding.decode(text[i : i + 10**6].tolist()).encode())
+        some = text[i : i + 10**6].tolist()
+        if isinstance(encoding, Tokenizer):
+            size += len(encoding.decode(some).encode())
+        else:
+            size += len(encoding.decode_bytes(some))  # ids may end within a character
     return size
 
 
@@ -479,7 +466,8 @@ def greedy(model, encoding, prompts, max_new_tokens, stop=""):
         h = model.hidden(idx, caches=caches, position=position, documents=documents)
         position += idx.shape[1]
         logits = model.logits(h[:, -1])[:, : encoding.n_vocab]  # vocab_size may be padded
-        idx = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        largest, idx = logits.max(dim=-1, keepdim=True)  # (B, 1) each; NaN is larger than all
+        check_finite(largest[:, 0].tolist())
         if documents is not None:
             documents = torch.ones_like(idx)
         for i, token in enumerate(idx[:, 0].tolist()):
@@ -501,6 +489,21 @@ def greedy(model, encoding, prompts, max_new_tokens, stop=""):
     return texts
 
 
+class NotFinite(ValueError):
+    """A score of the model's is none: the largest of NaN would be the first. `row`: whose."""
+
+    def __init__(self, row, score):
+        super().__init__(f"the model answers {score}: its weights are not finite, or too large")
+        self.row = row
+
+
+def check_finite(scores):
+    """Raise NotFinite unless all scores are, a list of one a row."""
+    for row, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise NotFinite(row, score)
+
+
 def answer(s, model, encoding, batch):
     """What the model says to each item of a batch: a "text", or "scores", one for each row."""
     if s.task == "generate":
@@ -509,7 +512,9 @@ def answer(s, model, encoding, batch):
         texts = greedy(model, encoding, prompts, s.max_new_tokens, stop)
         return [{"text": text} for text in texts]
     rows = [row for item in batch for row in item["rows"]]
-    scores = iter(loglikelihoods(model, rows))
+    scores = loglikelihoods(model, rows)
+    check_finite(scores)
+    scores = iter(scores)
     return [{"scores": list(itertools.islice(scores, len(item["rows"])))} for item in batch]
 
 
@@ -517,22 +522,26 @@ def answer(s, model, encoding, batch):
 # all items, in as many runs of this script as it takes
 
 
-def answer_all(s, model, encoding, items, path):
+def answer_all(s, model, encoding, items, partial, subject):
     """The result of each item, in order: [{"item", "seconds", and "scores" or "text"}].
 
-    path: the file of results so far, of an interrupted run; each batch is appended to it."""
-    done = finished(path, hash_of(s))
+    partial: as open_partial gives it; each batch's results are appended to it."""
+    done = finished(partial, items, subject, s.task)
     todo = [i for i in range(len(items)) if i not in done]
     bar = tqdm(total=len(items), initial=len(done), desc=s.task, mininterval=1)
-    with open(path, "a") as f, bar:
+    with bar:
         for numbers in batches(items, todo, s.batch_size):
-            start = time.time()
-            answers = answer(s, model, encoding, [items[i] for i in numbers])
-            seconds = (time.time() - start) / len(numbers)
+            start = time.perf_counter()
+            try:
+                answers = answer(s, model, encoding, [items[i] for i in numbers])
+            except NotFinite as e:
+                item = [i for i in numbers for _ in items[i]["rows"]][e.row]
+                raise SystemExit(f"error: model={s.model}: item {item}: {e}")
+            seconds = (time.perf_counter() - start) / len(numbers)
             for i, found in zip(numbers, answers):
                 done[i] = {"item": i, "seconds": seconds} | found
-                f.write(json.dumps(done[i]) + "\n")
-            f.flush()
+                partial.write(json.dumps(done[i]).encode() + b"\n")
+            partial.flush()
             bar.update(len(numbers))
     return [done[i] for i in range(len(items))]
 
@@ -554,41 +563,53 @@ def batches(items, todo, size):
             yield batch
 
 
-def finished(path, key):
-    """{item: result} of an interrupted run, in a file that is then ready to append to.
+def finished(partial, items, subject, task):
+    """{item: result} that an interrupted run left in a file, which is then ready to append to.
 
-    There is none if its settings' hash is not `key`."""
+    There is none if it is of another subject. What is no result of an item is done again."""
     entries = []
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
-        for line in f:
-            with contextlib.suppress(ValueError):  # a torn last line
-                entries.append(json.loads(line))
-    head = {"settings": key}  # the file's first line
+    partial.seek(0)
+    lines = partial.read().splitlines()
+    for line in lines:
+        try:
+            entries.append(parse_json(line))
+        except ValueError:  # a torn last line
+            entries.append(None)
+    head = {"subject": subject}  # the file's first line
     if entries and entries[0] != head:
         print(
-            f"{path} is of other settings, or the model or the data have changed: starting anew"
+            f"{partial.name} is of other settings, or the model or the data have changed: "
+            "starting anew"
         )
         entries = []
-    # written anew, without a torn line
-    entries = entries or [head]
-    with replacing(path) as f:
-        f.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
-    return {entry["item"]: entry for entry in entries[1:]}
+    done = {}
+    for entry in entries[1:]:
+        if is_result(entry, items, task):
+            done[entry["item"]] = entry
+    # written anew, without what is no result
+    partial.truncate(0)
+    for entry in [head, *done.values()]:
+        partial.write(json.dumps(entry).encode() + b"\n")
+    partial.flush()
+    return done
 
 
-def hash_of(s):
-    """A hash of what the result depends on.
+def is_result(entry, items, task):
+    """Whether an entry of a file of results is one of an item."""
 
-    That is settings, and sizes and times of the data's and the model's files."""
-    files = []
-    for pattern in (s.data, f"{s.data}/*/*.csv", s.shots_data, f"{s.model}/*.safetensors"):
-        files += sorted(glob.glob(pattern))
-    files += checkpoint_paths(s.model)[:1]
-    stats = []
-    for path in filter(os.path.isfile, files):
-        stats.append((path, os.path.getsize(path), os.stat(path).st_mtime_ns))
-    settings = s.as_dict() | {"out": "", "batch_size": 0, "device": ""}
-    return hashlib.sha256(json.dumps([settings, stats]).encode()).hexdigest()[:16]
+    def is_finite(x):
+        return isinstance(x, (int, float)) and math.isfinite(x)
+
+    if not isinstance(entry, dict) or not is_finite(entry.get("seconds")):
+        return False
+    i = entry.get("item")
+    if type(i) is not int or not 0 <= i < len(items):
+        return False
+    if task == "generate":
+        return isinstance(entry.get("text"), str)
+    scores = entry.get("scores")
+    right_count = isinstance(scores, list) and len(scores) == len(items[i]["rows"])
+    return right_count and all(map(is_finite, scores))
 
 
 # -----------------------------------------------------------------------------
@@ -613,8 +634,10 @@ def summary(s, items, results, text_bytes):
         more["no_number"] = given.count(None)
         more["texts"] = texts
     else:
-        given = [int(np.argmax(result["scores"])) for result in results]
-        names = list("ABCD") if s.task == "mmlu" else s.labels.split(",")
+        scores = [result["scores"] for result in results]
+        given = [int(np.argmax(of_item)) for of_item in scores]
+        more["ties"] = sum(of_item.count(max(of_item)) > 1 for of_item in scores)  # the first wins
+        names = list("ABCD") if s.task == "mmlu" else [x.strip() for x in s.labels.split(",")]
         more["answers_given"] = table(answers, given, names)
     # which are right; of MMLU by subject and group, too
     right = [a == b for a, b in zip(answers, given)]
@@ -631,7 +654,7 @@ def perplexity(items, results, text_bytes):
     n = len(items)
     tokens = np.array([len(item["rows"][0][0]) - 1 for item in items])
     nats = -np.array([result["scores"][0] for result in results])
-    mean = nats.sum() / tokens.sum()
+    mean = float(nats.sum() / tokens.sum())
     error = None
     if n > 1:
         # of a ratio of sums: how far each window is from what its length lets expect
@@ -642,7 +665,7 @@ def perplexity(items, results, text_bytes):
         "bytes": text_bytes,
         "nats_per_token": mean,
         "standard_error": error,
-        "perplexity": float(np.exp(mean)),
+        "perplexity": float(np.exp(mean)) if mean < 700 else None,  # it would be infinite
         "nats_per_byte": nats.sum() / text_bytes if text_bytes else None,
     }
 
@@ -673,4 +696,4 @@ def shares(right, names):
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

@@ -9,59 +9,73 @@ weights as they are, for hf.load().
 load() is in hf_load.py, and save() here: at most 2 GiB are made float at a time.
 """
 
-import contextlib
-import glob
 import os
-import shutil
 import sys
-from functools import partial
-
-import torch
-from safetensors import SafetensorError
 
 from configurator import configure
-from finetune.hf_config import config_json, settings
-from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
-from finetune.hf_load import (INT8_NAMES, hf_names, int8_names, is_gemma, load,  # noqa: F401
-                              load_weights, local)
-from model import QLinear, QMatrix, RMSNorm
-from run.checkpoint import load_model
-from run.text import first_line
+from finetune.paths import check_new, is_hub_name, local
 
 # input and output
 out_dir = "out"  # the run whose newest checkpoint to export
 export = ""  # the directory to make
 int8 = False  # the INT8 weights as they are. False: all in bfloat16, adapters merged
 
-# what an exported directory takes over from the one that the model came from
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
+
+def check(s):
+    """Exit with one line for what can be said before torch is loaded, which takes seconds."""
+    if not s.export:
+        raise SystemExit("error: name the directory to make with --export=DIR")
+    try:
+        check_new(s.export)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    s = configure(sys.modules[__name__], ignore_unknown=True)
+    check(s)
+
+import contextlib
+import shutil
+from functools import partial
+
+import tiktoken
+import torch
+from safetensors import SafetensorError
+
+from finetune.hf_config import config_json, described, settings  # noqa: F401
+from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
+from finetune.hf_load import (INT8_NAMES, hf_names, int8_names, is_gemma, load,  # noqa: F401
+                              load_weights)
+from finetune.hf_tokenizer import copy_tokenizer, tokenizer_files, write_tokenizer
+from model import QLinear, QMatrix, RMSNorm
+from run.checkpoint import load_model
+from run.encodings import get_encoding
+from run.files import sweep, sync, sync_folder, temporary_folder
+from run.text import first_line
 
 
 @torch.no_grad()
-def save(model, path, like=None, int8=False, dtype=torch.bfloat16):
+def save(model, path, like=None, int8=False, dtype=torch.bfloat16, encoding=None):
     """Write a LLaMA as the directory `path`, which transformers loads.
 
     Weights are in `dtype`, adapters merged. like: the checkpoint directory that the model came
-    from, whose tokenizer is copied. int8: write the QMatrices' codes, scale and zero instead
-    (NAME.q, NAME.scale, NAME.zero), which load() takes back bit for bit.
+    from, whose tokenizer is copied. encoding: a tiktoken.Encoding, where there is none. int8: write
+    the QMatrices' codes, scale and zero instead (NAME.q, NAME.scale, NAME.zero), which load() takes
+    back bit for bit.
 
     The directory takes its name when it is complete. Raises ValueError if it exists, if int8 finds
-    weights that are not INT8, or if no config.json can describe the model."""
+    weights that are not INT8, if weights are not finite, or if no config.json can describe the
+    model."""
     config = config_json(model.config, dtype, like)
+    if encoding is not None:
+        config["eos_token_id"] = encoding.eot_token
     if int8:
         group_size = _int8_group_size(model)
         quantized = {"quant_method": "qgalore", "bits": 8, "group_size": group_size}
         config["quantization_config"] = quantized
     check = partial(_check_described, model.config, bool(like))
-    write(path, config, _tensors(model, int8, dtype), like, check)
+    write(path, config, _tensors(model, int8, dtype), like, check, encoding)
 
 
 def _int8_group_size(model):
@@ -105,54 +119,70 @@ def _tensors(model, int8, dtype):
             yield name, t if int8 else t.to(dtype)
 
 
-def write(path, config, tensors, like=None, check=None):
+def write(path, config, tensors, like=None, check=None, encoding=None):
     """Make the checkpoint directory `path`, which takes its name when it is complete.
 
-    config: config.json's object. tensors: (name, tensor)s. like: a directory whose tokenizer is
-    copied. check: is called with the settings that the new config.json gives, before any tensor is
-    written. Raises ValueError if `path` exists or cannot be written."""
-    path = path.rstrip("/")
-    if os.path.exists(path):
-        raise ValueError(f"{path}: exists; name a new directory")
-    temporary = path + ".tmp"
+    config: config.json's object. tensors: (name, tensor)s. like, encoding: as in save(). check: is
+    called with the settings that the new config.json gives, before any tensor is written. Raises
+    ValueError if `path` exists or cannot be written."""
+    path = check_new(path)
+    files = tokenizer_files(like) if like else []
+    temporary = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what an earlier, killed run left
-        os.makedirs(temporary)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        sweep(os.path.dirname(path), os.path.basename(path) + ".")
+        temporary = temporary_folder(path)
         # read config.json back: does it say all that the model is?
         write_json(os.path.join(temporary, "config.json"), config)
-        found = settings(temporary)
+        found = described(temporary)
         if check is not None:
             check(found)
+        copy_tokenizer(files, temporary)
+        if encoding is not None:
+            why = write_tokenizer(encoding, temporary)
+            if why:
+                print(f"note: {path} has no tokenizer: {why}")
         write_tensors(temporary, tensors)
-        if like:
-            _copy_tokenizer(like, temporary)
+        for name in os.listdir(temporary):  # on the disk before the directory has its name
+            with open(os.path.join(temporary, name), "rb+") as f:
+                sync(f)
         os.rename(temporary, path)
+        sync_folder(os.path.dirname(path))
+        temporary = None
     except (OSError, SafetensorError) as e:
         raise ValueError(f"could not write {path}: {first_line(e)}")
     finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            shutil.rmtree(temporary)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(temporary)
 
 
-def _copy_tokenizer(source, folder):
-    for pattern in TOKENIZER_FILES:
-        for file in glob.glob(os.path.join(glob.escape(source), pattern)):
-            shutil.copy(file, folder)
-
-
-def main():
-    s = configure(sys.modules[__name__], ignore_unknown=True)
-    if not s.export:
-        raise SystemExit("error: name the directory to make with --export=DIR")
+def _tokenizer(name):
+    """(the checkpoint directory, the tiktoken.Encoding) whose tokenizer a run's encoding is; one of
+    them None, or both, which is said."""
+    path = os.path.expanduser(name)
     try:
-        model, encoding = load_model(s.out_dir, "cpu")
-        # a run on a checkpoint's own tokens names that checkpoint as its encoding
-        like = None
-        if os.path.isdir(encoding):
-            like = encoding
-        elif "/" in encoding and not os.path.exists(encoding):  # on the hub
-            like = local(encoding)
-        save(model, s.export, like, s.int8)
+        if os.path.isdir(path):  # a run on a checkpoint's own tokens names that checkpoint
+            return path, None
+        if not os.path.exists(path) and is_hub_name(name):
+            return local(name, weights=False), None
+        encoding = get_encoding(name)
+        if isinstance(encoding, tiktoken.Encoding):
+            return None, encoding
+        if not os.path.basename(path).startswith("tokenizer"):
+            raise ValueError(f"its file has a name of its own, {name}: copy it")
+        return os.path.dirname(path) or ".", None
+    except (ValueError, SystemExit) as e:
+        print(f"note: the export has no tokenizer: {first_line(e).removeprefix('error: ')}")
+        return None, None
+
+
+def main(s):
+    check(s)
+    try:
+        model, name = load_model(os.path.expanduser(s.out_dir), "cpu")
+        like, encoding = _tokenizer(name)
+        save(model, s.export, like, s.int8, encoding=encoding)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     kind = "for transformers: AutoModelForCausalLM.from_pretrained"
@@ -162,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

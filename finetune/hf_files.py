@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from finetune.hf_config import read_json
+from finetune.fields import Fields, read_json, shown
+from run.files import check_file
 from run.text import first_line
 
 SINGLE = "model.safetensors"
@@ -20,6 +21,18 @@ INDEX = "model.safetensors.index.json"  # which tensor is in which file, where t
 SHARD_BYTES = 2 * 2**30  # of a file that is written
 # the types that a float tensor may have
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# the two that may be one
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def has_weights(path):
+    """Whether a checkpoint directory has its tensors' files: a download may be without them."""
+    if os.path.exists(os.path.join(path, SINGLE)):
+        return True
+    if not os.path.exists(os.path.join(path, INDEX)):
+        return False
+    return any(os.path.exists(os.path.join(path, name)) for name in _read_index(path).values())
 
 
 def tensor_files(path):
@@ -41,25 +54,35 @@ def tensor_files(path):
         if not os.path.exists(file):
             raise ValueError(f"{file}: is missing, and {index} names it")
         with _open(file) as f:
-            held.update(dict.fromkeys(f.keys(), file))
+            for tensor in f.keys():
+                if tensor in held:
+                    raise ValueError(f"{file}: tensor {shown(tensor)} is in {held[tensor]}, too")
+                held[tensor] = file
 
     # and whether that is what the index says
     for name, file in listed.items():
         if held.get(name) != os.path.join(path, file):
-            raise ValueError(f"{index}: says that {name} is in {file}, where it is not")
+            raise ValueError(f"{index}: says that {shown(name)} is in {file}, where it is not")
     return held
 
 
 def _read_index(path):
     """{tensor: file's name} that a checkpoint in several files lists."""
-    if not os.path.exists(os.path.join(path, INDEX)):
+    index = os.path.join(path, INDEX)
+    if not os.path.exists(index):
         pickled = glob.glob(f"{glob.escape(path)}/*.bin")
         hint = " (.bin files hold pickled code: convert them)" if pickled else ""
         raise ValueError(f"{path}: there is no model.safetensors{hint}")
-    listed = read_json(path, INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{os.path.join(path, INDEX)}: has no weight_map")
-    return listed
+    listed = Fields(read_json(path, INDEX), index).object("weight_map")
+    if not listed.found:
+        raise ValueError(f"{index}: has no weight_map")
+    for name in listed.found:
+        file = listed.text(name)
+        # a plain name: a path would lead out of the directory
+        leads_out = file in ("", ".", "..") or any(sign in file for sign in "/\\:")
+        if leads_out or not file.isprintable():
+            listed.refuse(name, "the name of a file in the directory")
+    return listed.found
 
 
 def _open(file):
@@ -67,9 +90,32 @@ def _open(file):
 
     It is opened anew for each tensor, so that what was read does not stay resident."""
     try:
+        check_file(file)  # a pipe would never end
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: damaged or truncated: {first_line(e)}")
+        why = getattr(e, "strerror", None) or f"damaged or truncated: {first_line(e)}"
+        raise ValueError(f"{file}: {why}")
+
+
+def shapes(held, names):
+    """{name: its shape, a list} of tensors of the files `held`, by the files' headers."""
+    found = {}
+    for name in names:
+        with _open(held[name]) as f:
+            found[name] = f.get_slice(name).get_shape()
+    return found
+
+
+def alike(held, a, b):
+    """Whether two tensors of the files `held` have the same values."""
+    tensors = []
+    for name in (a, b):
+        with _open(held[name]) as f:
+            tensors.append(f.get_tensor(name))
+    first, second = tensors
+    if first.dtype != second.dtype:
+        first, second = first.float(), second.float()
+    return torch.equal(first, second)
 
 
 def read_tensor(held, name, shape, dtype=None):
@@ -88,11 +134,17 @@ def read_tensor(held, name, shape, dtype=None):
     if t.dtype not in allowed:
         expected = dtype or "floats of 16 or 32 bits"
         raise ValueError(f"{file}: tensor {name} is {t.dtype}, expected {expected}")
-    if t.is_floating_point() and t.numel():
-        low, high = t.aminmax()  # both are NaN where there is one
-        if not (low.isfinite() and high.isfinite()):
-            raise ValueError(f"{file}: tensor {name} has values that are not finite")
+    if not is_finite(t):
+        raise ValueError(f"{file}: tensor {name} has values that are not finite")
     return t
+
+
+def is_finite(t):
+    """Whether all values of a tensor are finite; without a copy of it."""
+    if not t.is_floating_point() or not t.numel():
+        return True
+    low, high = t.aminmax()  # both are NaN where there is one
+    return bool(low.isfinite() and high.isfinite())
 
 
 def write_tensors(folder, tensors):
@@ -131,6 +183,8 @@ def _shards(tensors):
             yield shard
             shard.clear()  # a new one would leave the caller with this one's tensors
             size = 0
+        if not is_finite(t):
+            raise ValueError(f"tensor {name} has values that are not finite: it is not written")
         shard[name] = t.cpu().contiguous()
         size += t.nbytes
     yield shard

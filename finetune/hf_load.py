@@ -3,26 +3,20 @@ Hugging Face checkpoints on their way in, tensor by tensor, straight into INT8: 
 one matrix exist in float. hf.py has the way out, and the command.
 """
 
-import os
-import re
 from functools import partial
 
-import huggingface_hub
 import torch
 import torch.nn as nn
 
 from finetune.adapters import LowRank, put_low_rank
-from finetune.hf_config import read_json, settings
-from finetune.hf_files import read_tensor, tensor_files
+from finetune.fields import read_json, shown
+from finetune.hf_config import settings
+from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
+from finetune.paths import local
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, QMatrix, RMSNorm
 from quant import dequantize_int8
-from run.text import first_line
 
 INT8_NAMES = ("q", "scale", "zero")  # what is stored of an INT8 matrix
-
-# what is downloaded of a hub repository, and what is not
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*"]  # and, if asked for, the weights
-SECOND_COPIES = ["consolidated*", "original/*"]  # Mistral's and Meta's, of their weights
 
 # the parts of our modules' names that Hugging Face calls otherwise
 NAMES = {
@@ -41,10 +35,11 @@ GEMMA2_NAMES = {
 }
 
 
-def hf_names(model):
+def hf_names(model, held=()):
     """{name in Hugging Face's checkpoint: (module, attribute)} of all that a LLaMA holds.
 
-    The attribute is "weight" or "bias"; of a LowRank "u", "v" or "bias"."""
+    The attribute is "weight" or "bias"; of a LowRank "u", "v" or "bias". held: the checkpoint's
+    names, where there is one: it may hold a tied embedding as the head."""
     names = NAMES | (GEMMA2_NAMES if model.config.post_norms else {})
     found = {}
     for name, module in model.named_modules():  # a tied head is met once, as the embedding
@@ -59,6 +54,8 @@ def hf_names(model):
         prefix = ".".join(names.get(part, part) for part in name.split("."))
         for kind in kinds:
             found[f"{prefix}.{kind}"] = module, kind
+    if model.config.tie_embedding and HEAD in held and EMBEDDING not in held:
+        found[HEAD] = found.pop(EMBEDDING)
     return found
 
 
@@ -91,31 +88,6 @@ def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256
     return model
 
 
-def local(path, weights=True):
-    """The directory of a checkpoint: `path` itself, or what a hub repository is downloaded to.
-
-    path: a directory, or "owner/name". weights: False downloads all but them. Raises ValueError,
-    in one line, if there is no such thing."""
-    if os.path.isdir(path):
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError(
-            f"{path!r} is neither a directory nor the name of a Hugging Face repository, "
-            "like owner/name"
-        )
-    wanted = list(SMALL_FILES)
-    if weights:
-        wanted.append("*.safetensors")
-    try:
-        return huggingface_hub.snapshot_download(
-            path, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
-        )
-    except Exception as e:  # its own, its HTTP client's, the file system's
-        raise ValueError(
-            f"{path} is no directory, and as a repository was not fetched: {first_line(e)}"
-        )
-
-
 @torch.no_grad()
 def load_weights(model, path, device="cpu", dtype=torch.float32):
     """Fill a LLaMA, built on the meta device, from a checkpoint directory, tensor by tensor.
@@ -123,17 +95,7 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
     dtype: of what is not quantised. Norms and the biases of QLinears are float32. Raises
     ValueError, naming file and tensor, for a file or tensor that is missing, damaged, of another
     shape, unknown, or not finite."""
-    # leave out what some files hold although the model makes it itself
-    held = {}
-    for name, file in tensor_files(path).items():
-        tied_head = name == "lm_head.weight" and model.config.tie_embedding
-        if not tied_head and not name.endswith("rotary_emb.inv_freq"):  # of old transformers
-            held[name] = file
-
-    # the names first: a checkpoint that does not fit is refused before any tensor is read
-    wanted = hf_names(model)
-    _check_names(model, path, held, wanted)
-
+    held, wanted = stored(model, path)
     for name, (module, kind) in wanted.items():
         if isinstance(module, QMatrix) and kind == "weight":
             _fill_matrix(module, held, name, device, dtype)
@@ -149,8 +111,20 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
         setattr(module, kind, nn.Parameter(t, old.requires_grad))
 
 
-def _check_names(model, path, held, wanted):
-    """Raise ValueError if the files lack a tensor that the model has, or hold one that it lacks."""
+def stored(model, path):
+    """({tensor: file}, hf_names()) of a checkpoint directory that holds a LLaMA's tensors.
+
+    Raises ValueError if the files lack a tensor that the model has, or hold one that it lacks: a
+    checkpoint that does not fit is refused before any tensor is read."""
+    # leave out what some files hold although the model makes it itself
+    held = {}
+    for name, file in tensor_files(path).items():
+        if not name.endswith("rotary_emb.inv_freq"):  # of old transformers
+            held[name] = file
+    if model.config.tie_embedding and EMBEDDING in held:
+        held.pop(HEAD, None)  # it is the same, or settings() had said otherwise
+    wanted = hf_names(model, held)
+
     expected = set()  # a matrix is there in floats, or as codes
     for name in wanted:
         expected.update(int8_names(name) if _is_int8(held, name) else [name])
@@ -158,7 +132,8 @@ def _check_names(model, path, held, wanted):
         raise ValueError(f"{path}: there is no tensor {name}")
     for name in sorted(set(held) - expected):
         place = model.config.architecture
-        raise ValueError(f"{held[name]}: tensor {name} has no place in {place}")
+        raise ValueError(f"{held[name]}: tensor {shown(name)} has no place in {place}")
+    return held, wanted
 
 
 def _is_int8(held, name):
@@ -204,6 +179,3 @@ def is_gemma(model):
     """Whether the norms multiply by 1 + w, where w is what the checkpoint holds."""
     return model.config.architecture.startswith("Gemma")
 
-
-# -----------------------------------------------------------------------------
-# out

@@ -13,37 +13,24 @@ A prompt and its completion become one example, with an end-of-text token after 
 "messages", [{"role", "content"}], goes through the checkpoint's chat template, and all that the
 assistant says counts in the loss.
 
+What else a record has ("tools") goes to the template if it asks for it by name. What of a record is
+in no example is said, and so is what makes none, with its reason.
+
 Rows have block_size + 1 tokens and hold whole examples. A shard is prepare_c4.py's with the row
 length in its header and, after the tokens, a byte of flags for each (run/shards.py has the
-format). Bit 0: it counts in the loss. Bit 1: an example starts here. Older shards are replaced.
+format). Bit 0: it counts in the loss. Bit 1: an example starts here.
+
+A folder holds one data set. What an earlier command made of the same files is replaced; shards of
+anything else are left alone, and nothing is added to them. But a training set (--val_fraction=0)
+and a validation set (--val_fraction=1) of two files may share a folder.
 """
 
-import collections
-import contextlib
-import csv
-import glob
-import gzip
-import io
-import itertools
-import json
-import os
-import re
-import string
 import sys
-import zlib
-
-import numpy as np
-from tqdm import tqdm
 
 from configurator import at_least, between, configure
-from finetune.tokenizer import Tokenizer
-from run.encodings import fingerprint, get_encoding
-from run.files import replacing
-from run.text import first_line
-from run.shards import IN_LOSS, STARTS, shard_parts
 
 # input and output
-input = ""  # a glob of .json(l), .tsv, .csv, also .gz; several files make one data set
+input = ""  # a glob of .json(l), .tsv, .csv, also .gz, .zst; several files make one data set
 out_dir = "data/sft"  # NAME_train_00000.bin and NAME_val_00000.bin go here
 encoding = "gpt2"  # of the model to tune: its checkpoint's folder, or a name like gpt2 or bytes
 block_size: at_least(1) = 512  # train.py's: longer examples lose the end of their completion
@@ -59,11 +46,36 @@ val_fraction: between(0, 1) = 0.05  # of the examples, for validation; 1: all of
 packing = True  # several examples a row, where they fit; False: one a row, padded
 seed: at_least(0) = 1337  # of the split and of the rows' order
 
-Example = collections.namedtuple("Example", "tokens flags")  # uint32 and uint8, (length,) each
-
-
-def main():
+if __name__ == "__main__":  # a tokenizer's libraries take a while: what is mistyped is said before
     s = configure(sys.modules[__name__])
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import string
+
+import numpy as np
+from tqdm import tqdm
+
+from finetune.conversations import conversation, template_fields, unused, without_nothing
+from finetune.tokenizer import Tokenizer
+from prepare_c4 import PIECE, last_cut
+from run.encodings import fingerprint, get_encoding
+from run.files import replacing, sweep, sync
+from run.manifest import (Manifest, alone_in, contents, difference, facts, other_tokenizer,
+                          same_contents, same_paths, source)
+from run.records import Skipped, matching, records, stem_of, table_or_json
+from run.shards import IN_LOSS, STARTS, part_of, shard_parts
+from run.text import first_line
+
+Example = collections.namedtuple("Example", "tokens flags")  # uint32 and uint8, (length,) each
+MAKER = "finetune.prepare_sft"
+
+
+def main(s):
     try:
         prepare_sft(s)
     except KeyboardInterrupt:
@@ -72,143 +84,173 @@ def main():
 
 def prepare_sft(s):
     """Make the two shards that the settings describe (see above)."""
+    # what can be wrong before anything is read
+    if not s.out_dir:
+        raise SystemExit("error: out_dir is empty: name the folder for the shards")
+    paths = matching(s.input)
+    for path in paths:
+        table_or_json(path)
+    out_dir = os.path.expanduser(s.out_dir)
+    templates(s)
+    enc = get_encoding(os.path.expanduser(s.encoding))
+    made = facts_of(s, paths, enc)
+    check_folder(out_dir, names_of(s, paths), made)
+
     # examples, each as long as a row at most
-    enc = get_encoding(s.encoding)
-    paths = list(filter(os.path.isfile, sorted(glob.glob(s.input, recursive=True))))
-    if not paths:
-        raise SystemExit(f"error: input={s.input}: no such file")
-    examples = read_examples(paths, enc, s)
-    examples, truncated, dropped = shorten(examples, s.block_size + 1)
+    found = read_examples(paths, enc, s)
+    examples, truncated, dropped = shorten(found, s.block_size + 1)
     if not examples:
         raise SystemExit(
             f"error: {s.input}: no usable example ({dropped} longer than block_size {s.block_size})"
         )
-
-    # split by examples, not rows: packing changes nothing
-    held_out = round(len(examples) * s.val_fraction)
-    if 0 < s.val_fraction < 1 and not 0 < held_out < len(examples):
+    splits, repeats = split(examples, s.val_fraction, s.seed)
+    if 0 < s.val_fraction < 1 and not (splits["val"] and splits["train"]):
         raise SystemExit(
-            f"error: {s.input}: {len(examples)} examples are too few to split; "
-            "set --val_fraction=0"
+            f"error: {s.input}: {len(examples)} examples, of them {len(examples) - repeats} "
+            "different, are too few to split; set --val_fraction=0"
         )
-    order = np.random.default_rng(s.seed).permutation(len(examples))
-    splits = {"val": order[:held_out], "train": order[held_out:]}
 
     # all is in memory before anything is written: what is refused leaves no file behind
-    shards = {}  # {path: its parts}
+    shards = {}  # {name: its parts}
     summary = collections.Counter()
-    for split, numbers in splits.items():
-        path = os.path.join(s.out_dir, f"{data_set_name(paths, s.out_dir)}_{split}_00000.bin")
-        if not len(numbers):
-            if os.path.exists(path):
-                raise SystemExit(f"error: {path}: is of another split, and would stay; delete it")
-            continue
-        part = [examples[i] for i in numbers]
+    for name in names_of(s, paths):
+        part = [examples[i] for i in splits[part_of(name)]]
         tokens, flags = fill_rows(part, s.block_size, s.packing, enc.eot_token)  # (rows, size) each
         if tokens.size >= 2**31:
             raise SystemExit(f"error: {s.input}: more than 2**31 - 1 tokens in rows: split it")
-        shards[path] = shard_parts(
+        shards[name] = shard_parts(
             tokens.ravel(), enc.n_vocab, flags.ravel(), s.block_size + 1, fingerprint(enc)
         )
         loss = int((flags & IN_LOSS).sum())
         summary.update(rows=len(tokens), room=tokens.size, loss=loss)
-    write_shards(shards, s.out_dir)
+    write_shards(shards, out_dir, made)
 
     # what was made
     count = sum(len(e.tokens) for e in examples)
     full = count / summary["room"]
     print(
-        f"{s.out_dir}: {len(examples):,} examples ({held_out:,} for validation), "
+        f"{out_dir}: {len(examples):,} examples ({len(splits['val']):,} for validation), "
         f"{count:,} tokens, {summary['loss']:,} in the loss, "
         f"{summary['rows']:,} rows of {s.block_size + 1}, {full:.1%} full; "
         f"{truncated:,} truncated, {dropped:,} dropped: too long"
     )
+    if repeats:
+        print(f"{repeats:,} examples repeat another: all of a kind are on one side of the split")
 
 
-def data_set_name(paths, out_dir):
-    """The first part of the shards' names: the one file's, or the output folder's."""
-    source = paths[0] if len(paths) == 1 else os.path.abspath(out_dir)
-    name = re.sub(r"\.(jsonl?|tsv|csv)(\.gz)?$", "", os.path.basename(source))
-    return name.replace("_", "-")  # or x_val.tsv's training shard would match *_val_*.bin
+def split(examples, val_fraction, seed):
+    """({"train": numbers, "val": numbers}, how many repeat another), in a random order.
 
-
-def write_shards(shards, out_dir):
-    """Write {path: parts}; all take their names only when all are written."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            for path, parts in shards.items():
-                stack.enter_context(replacing(path)).writelines(parts)
-    except OSError as e:
-        raise SystemExit(f"error: {e.filename or out_dir}: {e.strerror or e}")
+    By examples, not rows: packing changes nothing. Those that are the same are on one side."""
+    same = collections.defaultdict(list)  # {hash of an example: its numbers}
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    for i in order:
+        e = examples[i]
+        same[hashlib.blake2b(e.tokens.tobytes() + e.flags.tobytes()).digest()].append(i)
+    held_out = round(len(examples) * val_fraction)
+    in_val = set()
+    for numbers in same.values():  # in the order of the first of each
+        if len(in_val) + len(numbers) <= held_out:
+            in_val.update(numbers)
+    splits = {
+        "val": [i for i in order if i in in_val],
+        "train": [i for i in order if i not in in_val],
+    }
+    return splits, len(examples) - len(same)
 
 
 # -----------------------------------------------------------------------------
-# records
+# the folder
 
 
-def records(path, columns=""):
-    """Yield (where, record) for each record in a file: a dict, or a ValueError that says why not.
+def names_of(s, paths):
+    """The names of the shards to make: without the part that gets no example."""
+    whole = os.path.abspath(os.path.expanduser(s.out_dir))
+    stem = stem_of(paths[0] if len(paths) == 1 else whole)
+    names = []
+    if s.val_fraction > 0:
+        names.append(f"{stem}_val_00000.bin")
+    if s.val_fraction < 1:
+        names.append(f"{stem}_train_00000.bin")
+    return names
 
-    columns: the fields of a .tsv or .csv, comma separated; "": its first line names them."""
-    kind = re.fullmatch(r".+\.(jsonl?|tsv|csv)(\.gz)?", path)
-    if not kind:
-        raise SystemExit(
-            f"error: {path}: expected .json, .jsonl, .tsv or .csv, or one of these with .gz"
-        )
-    ending, compressed = kind.groups()
+
+def facts_of(s, paths, enc):
+    """What shards.json says of them (see run/manifest.py)."""
+    settings = {"maker": MAKER}
+    shown = "block_size columns prompt completion labels val_fraction packing seed".split()
+    settings |= {name: getattr(s, name) for name in shown}
     try:
-        with gzip.open(path) if compressed else open(path, "rb") as f:
-            if ending in ("tsv", "csv"):
-                text = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="")
-                yield from _table(text, ending, columns)
-            elif ending == "json" and f.peek(64)[:64].lstrip()[:1] == b"[":
-                # one list of all records
-                for i, record in enumerate(json.load(f)):
-                    yield f"record {i + 1}", _object(record)
-            else:
-                # a record a line
-                for i, line in enumerate(f):
-                    if line.strip():
-                        yield f"line {i + 1}", _object(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as e:
-        raise SystemExit(f"error: {path}: incomplete or damaged ({first_line(e)}); get it again")
+        sources = [source(path) for path in paths]
     except OSError as e:
-        raise SystemExit(f"error: {path}: {e.strerror}")
+        raise SystemExit(f"error: {e.filename}: {e.strerror}")
+    return facts(sources, s.encoding, enc, **settings)
 
 
-def _object(record):
-    """A record of JSON, a line's bytes or a part of a list, or a ValueError."""
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record)
-        except (ValueError, RecursionError):
-            return ValueError("not JSON")
-    if isinstance(record, dict):
-        return record
-    return ValueError("not a JSON object")
+def check_folder(out_dir, names, made):
+    """Exit with one line if shards in the folder would mix with those to make.
+
+    names: of these. made: their facts. What an earlier run made of the same files is replaced; and
+    there may be the other part, train or val, of other files."""
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise SystemExit(f"error: out_dir={out_dir}: File exists, and is no folder")
+    manifest = Manifest.read(out_dir)
+    parts = {part_of(name) for name in names}
+    for name in manifest.strangers([]):
+        path = os.path.join(out_dir, name)
+        entry = manifest.entry(name)
+        if entry is None:
+            why = "was made of something that shards.json does not tell"
+        elif same_paths(entry, made) or same_contents(entry, made):
+            if name in names:
+                continue
+            why = "was made of the same input, with another split"
+        elif name in names or part_of(name) in parts:
+            why = f"was made of {manifest.source_of(name)}, not of this input"
+        elif shares_a_text(entry, made):
+            why = f"was made of {manifest.source_of(name)}, which this input has, too"
+        else:
+            why = other_kind(entry, made)
+        if why:
+            raise SystemExit(f"error: {path}: {why}; delete it or set another --out_dir")
 
 
-def _table(f, kind, columns):
-    """The records of a .tsv or .csv."""
-    csv.field_size_limit(sys.maxsize)
-    if kind == "tsv":  # no quoting: in SST-2 a quotation mark is a word
-        rows = csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.reader(f, strict=True)
-    if columns:
-        names = [name.strip() for name in columns.split(",")]
-    else:
-        names = next(rows, [])
+def shares_a_text(entry, made):
+    return not set(contents(entry["sources"])).isdisjoint(contents(made["sources"]))
+
+
+def other_kind(entry, made):
+    """What keeps the shard of an entry from being read beside those to make, or ""."""
+    for name in ("maker", "block_size"):
+        before = entry["settings"].get(name)
+        now = made["settings"][name]
+        if before != now:
+            return f"was made with {name}={before}, not {now}"
+    other = other_tokenizer(entry, made)
+    return other and f"was made with {other}"
+
+
+def write_shards(shards, out_dir, made):
+    """Write {name: parts}; all take their names only when all are on the disk."""
     try:
-        for row in filter(None, rows):
-            record = dict(zip(names, row))
-            if len(row) != len(names):
-                why = f"{len(row)} fields instead of {len(names)}, {','.join(names)}"
-                record = ValueError(why)
-            yield f"line {rows.line_num}", record
-    except csv.Error as e:
-        raise ValueError(f"line {rows.line_num}: {e}")
+        with alone_in(out_dir), contextlib.ExitStack() as stack:
+            sweep(out_dir)
+            check_folder(out_dir, shards, made)  # now that nobody else writes there
+            manifest = Manifest.read(out_dir)
+            for name in shards:
+                entry = manifest.entry(name)
+                changed = entry and difference(entry, made)
+                if changed:
+                    print(f"note: {os.path.join(out_dir, name)} is replaced: it had {changed}")
+            for name, parts in shards.items():
+                f = stack.enter_context(replacing(os.path.join(out_dir, name)))
+                f.writelines(parts)
+                sync(f)
+            manifest.begin(dict.fromkeys(shards, made))
+            stack.close()
+            manifest.finish(shards)
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename or out_dir}: {e.strerror or e}")
 
 
 # -----------------------------------------------------------------------------
@@ -231,14 +273,38 @@ def template(name, text):
     raise SystemExit(f"error: {name}={text!r}: {why}; write {{field}}, and {{{{ for a brace")
 
 
+class Filled(string.Formatter):
+    """str.format for records: a list or an object is no text, but its parts may be."""
+
+    def format_field(self, value, spec):
+        if isinstance(value, (list, dict)):
+            raise ValueError("a field is a list or an object: name its part, as {answers[0]}")
+        return super().format_field(value, spec)
+
+
 def fill(text, record):
     """`text` with the record's fields in their places. Raises ValueError if it lacks one."""
     given = {key: value for key, value in record.items() if value is not None}
     try:
-        return text.format_map(given)
+        return Filled().vformat(text, (), given)
     except (LookupError, AttributeError, TypeError) as e:
         missing = e.args[0] if isinstance(e, KeyError) else first_line(e)
         raise ValueError(f"no field {missing!r}")
+
+
+def fields_in(text):
+    """The record's fields that a template names."""
+    fields = (field for _, field, _, _ in string.Formatter().parse(text) if field is not None)
+    return {re.match(r"[^.\[]*", field)[0] for field in fields}
+
+
+def templates(s):
+    """(prompt, completion, words of labels, whether "messages" are conversations) of settings."""
+    words = [word.strip() for word in s.labels.split(",")] if s.labels else []
+    prompt = template("prompt", s.prompt or "{prompt}")
+    completion = template("completion", s.completion or "{completion}")
+    chat = not s.prompt and not s.completion  # templates of the user's take "messages" as a field
+    return prompt, completion, words, chat
 
 
 def prompt_and_completion(record, prompt, completion, words):
@@ -257,54 +323,6 @@ def prompt_and_completion(record, prompt, completion, words):
     return [(question, False), (answer, True)]
 
 
-def conversation(enc, messages):
-    """[(text, whether it counts)] of one conversation.
-
-    What counts is all that the assistant says, with the token that ends it. Raises ValueError if
-    the messages are none, and KeyError if one has no role."""
-    answers = _answers(messages)
-    whole = enc.render(messages)
-    pieces = []
-    at = 0  # where the next piece starts in `whole`
-    for i in answers:
-        # an answer lies between what is written up to its start and what is written through it
-        before = enc.render(messages[:i], add_generation_prompt=True)
-        through = enc.render(messages[: i + 1])
-        one_by_one = through.startswith(before) and whole.startswith(through)
-        if not one_by_one or len(before) < at:
-            raise SystemExit(
-                f"message {i + 1}: the chat template of {enc.name} does not write a conversation "
-                "message by message, so that what the assistant says cannot be found in it"
-            )
-        end = len(through)
-        # many templates write a newline after the end token, which nobody needs to learn
-        stripped = through.rstrip()
-        if stripped.endswith(tuple(enc.special)):
-            end = len(stripped)
-        pieces.append((whole[at : len(before)], False))
-        pieces.append((whole[len(before) : end], True))
-        at = end
-    pieces.append((whole[at:], False))
-    return pieces
-
-
-def _answers(messages):
-    """The places of the assistant's messages. Raises ValueError or KeyError as conversation()."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError('its messages are no list of {"role", "content"}')
-    places = []
-    for i, message in enumerate(messages):
-        if not isinstance(message["role"], str) or not isinstance(message.get("content"), str):
-            raise ValueError("a message's role or content is not a text")
-        if message["role"] == "assistant":
-            if not message["content"].strip():
-                raise ValueError("the assistant says nothing")
-            places.append(i)
-    if not places:
-        raise ValueError("it has no message of the assistant")
-    return places
-
-
 # -----------------------------------------------------------------------------
 # examples
 
@@ -316,16 +334,37 @@ def encode(encode_text, pieces):
     start marked as a word's by sentencepiece. Else they are those of the pieces, as the model will
     see a prompt by itself ("Answer: " + "4")."""
     texts, counts = zip(*pieces)
-    prefixes = [encode_text(text) for text in itertools.accumulate(texts)]
+    prefixes = [in_slices(encode_text, text) for text in itertools.accumulate(texts)]
     ids = prefixes[-1]  # the whole text's
     ends = [len(prefix) for prefix in prefixes]  # of each piece in ids
     # a token that spans two pieces: each piece by itself
     if any(prefix != ids[: len(prefix)] for prefix in prefixes):
-        parts = [encode_text(text) for text in texts]
+        parts = [in_slices(encode_text, text) for text in texts]
         ids = list(itertools.chain(*parts))
         ends = list(itertools.accumulate(map(len, parts)))
     flags = np.where(counts, IN_LOSS, 0)
     return ids, np.repeat(flags, np.diff(ends, prepend=0)).tolist()
+
+
+def not_in_example(enc, record, prompt, completion, chat):
+    """What of a record that made an example is not in it, a list of short texts."""
+    if chat and "messages" in record:
+        return unused(enc, record)
+    used = fields_in(prompt) | fields_in(completion)
+    return [f"the field {name!r}" for name in without_nothing(record) if name not in used]
+
+
+def in_slices(encode_text, text):
+    """The ids of a text; tiktoken gives up on a million spaces, so that a very long one is cut."""
+    ids = []
+    start = 0
+    while len(text) - start > PIECE:
+        end = last_cut(text, start, start + PIECE)
+        if end == start:
+            end = start + PIECE
+        ids += encode_text(text[start:end])
+        start = end
+    return ids + encode_text(text[start:])
 
 
 def example(enc, record, prompt="{prompt}", completion="{completion}", words=(), chat=True):
@@ -339,7 +378,7 @@ def example(enc, record, prompt="{prompt}", completion="{completion}", words=(),
                 "the encoding has no chat template; messages need an instruct model's checkpoint, "
                 "or --prompt and --completion"
             )
-        pieces = conversation(enc, record["messages"])
+        pieces = conversation(enc, record["messages"], template_fields(enc, record))
         ids, flags = encode(enc.encode_with_special, pieces)
     else:
         pieces = prompt_and_completion(record, prompt, completion, words)
@@ -356,25 +395,23 @@ def example(enc, record, prompt="{prompt}", completion="{completion}", words=(),
 
 
 def read_examples(paths, enc, s):
-    """The examples in all files, by the settings columns, prompt, completion and labels.
+    """Yield the examples in all files, by the settings columns, prompt, completion and labels.
 
-    Says how many records of each file make none, and the first one's reason."""
-    chat = not s.prompt and not s.completion  # templates of the user's take "messages" as a field
-    words = [word.strip() for word in s.labels.split(",")] if s.labels else []
-    prompt = template("prompt", s.prompt or "{prompt}")
-    completion = template("completion", s.completion or "{completion}")
-    examples = []
+    Says of each file what was left out, and what of its records is in no example."""
+    prompt, completion, words, chat = templates(s)
     for path in paths:
         total = 0
-        bad = 0
-        reason = ""  # of the first that makes none
+        skipped = Skipped()
+        not_used = Skipped()
         found = records(path, s.columns)
         for where, record in tqdm(found, os.path.basename(path), unit=" records", mininterval=1):
             total += 1
             try:
                 if isinstance(record, ValueError):
                     raise record
-                examples.append(example(enc, record, prompt, completion, words, chat))
+                made = example(enc, record, prompt, completion, words, chat)
+                for what in not_in_example(enc, record, prompt, completion, chat):
+                    not_used.add(what, where)
             except KeyError:  # the file's structure is another: all of its records will be so
                 raise SystemExit(
                     f'error: {path}, {where}: a message has no role; each is {{"role", "content"}}'
@@ -382,11 +419,12 @@ def read_examples(paths, enc, s):
             except SystemExit as e:  # nor can others be read: say which was met first
                 raise SystemExit(f"error: {path}, {where}: {str(e.code).removeprefix('error: ')}")
             except ValueError as e:
-                bad += 1
-                reason = reason or f"{where}: {first_line(e)}"
-        if bad:
-            print(f"{path}: {bad} of {total} records left out, the first for this: {reason}")
-    return examples
+                skipped.add(first_line(e), where)
+            else:
+                yield made
+        skipped.say(path, total)
+        for what, (count, where) in not_used.items():
+            print(f"{path}: not used: {what} ({count:,} of {total:,} records; the first: {where})")
 
 
 def shorten(examples, size):
@@ -395,12 +433,15 @@ def shorten(examples, size):
     Dropped is what has no target left."""
     kept = []
     truncated = 0
+    dropped = 0
     for e in examples:
-        short = Example(e.tokens[:size], e.flags[:size])
+        short = Example(e.tokens[:size].copy(), e.flags[:size].copy())  # not a view of a long one
         if (short.flags & IN_LOSS).any():
             kept.append(short)
             truncated += len(e.tokens) > size
-    return kept, truncated, len(examples) - len(kept)
+        else:
+            dropped += 1
+    return kept, truncated, dropped
 
 
 # -----------------------------------------------------------------------------
@@ -454,4 +495,4 @@ def fill_rows(examples, block_size, packing, eot):
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

@@ -15,21 +15,20 @@ which tokens begin and end a text.
 
 import base64
 import contextlib
-import datetime
 import functools
 import importlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tiktoken
 
+from finetune import chat
+from finetune.fields import Fields, read_json, shown
+from finetune.paths import is_hub_name, local
+from run.files import check_file
 from run.text import first_line, valid
 
 # what each splits a text by, before it looks for tokens
@@ -38,6 +37,8 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+MOST = 2**24  # tokens of a vocabulary, gaps among them
 
 # the special tokens of LLaMA-3.1 that have a use, by their place after the ranks; 256 are reserved
 LLAMA3_SPECIAL = {
@@ -51,31 +52,35 @@ LLAMA3_SPECIAL = {
     10: "python_tag",
 }
 
-# what is fetched from the hub
-FILES = [
-    "tokenizer*.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-]
-
-
 def get_tokenizer(name):
     """The tokenizer at a path or in a hub repository: a Tokenizer, or a tiktoken.Encoding.
 
     name: a checkpoint's folder; its tokenizer.json or *.model; "organisation/name" on the hub; or a
     file of "base64-token rank" lines, which by itself is a tiktoken.Encoding. Exits with one line
     if there is no such tokenizer."""
+    try:
+        return _read(name)
+    except OSError as e:
+        raise SystemExit(f"error: encoding {name}: {e.filename}: {e.strerror}")
+    except ValueError as e:
+        raise SystemExit(f"error: encoding {name}: {e}")
+
+
+def _read(name):
     # a folder or a file here goes before a repository of that name
-    path = name
-    if not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        path = _fetch(name)
+    path = os.path.expanduser(name)
+    if not os.path.lexists(path):
+        if not is_hub_name(name):
+            names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+            raise ValueError(f"not one of {names}: No such file or folder")
+        path = local(name, weights=False)
     folder = path
-    if os.path.isdir(path):
-        path = _vocabulary_file(name, folder)
-    else:
+    alone = not os.path.isdir(path)
+    if alone:
         folder = os.path.dirname(path)
+    else:
+        path = _vocabulary_file(folder)
+    check_file(path)  # a pipe would never end
 
     # *.model is of two formats
     if path.endswith(".json"):
@@ -83,31 +88,17 @@ def get_tokenizer(name):
     if path.endswith(".model") and _is_sentencepiece(path):
         return Tokenizer(name, folder, _read_sentencepiece(path, folder))
     encoding = _read_ranks(path)
-    if path == name:  # a rank file alone
+    if alone:  # a rank file
         return encoding
     return Tokenizer(name, folder, _with_special_tokens(encoding, folder))
 
 
-def _vocabulary_file(name, folder):
+def _vocabulary_file(folder):
     for file in ("tokenizer.json", "tokenizer.model"):
         path = os.path.join(folder, file)
-        if os.path.exists(path):
+        if os.path.lexists(path):
             return path
-    raise SystemExit(
-        f"error: encoding {name}: the folder has neither tokenizer.json nor tokenizer.model"
-    )
-
-
-def _fetch(name):
-    """The folder that a hub repository's FILES are downloaded to."""
-    from huggingface_hub import snapshot_download  # slow to import, and for hub names alone
-
-    try:
-        return snapshot_download(name, allow_patterns=FILES)
-    except Exception as e:  # its own, its HTTP client's, the file system's
-        raise SystemExit(
-            f"error: encoding {name}: no such file, and not fetched from the hub ({first_line(e)})"
-        )
+    raise ValueError("the folder has neither tokenizer.json nor tokenizer.model")
 
 
 @dataclass
@@ -152,12 +143,15 @@ class Tokenizer:
         self.bos_token = self._id("bos", model, vocabulary.bos)
         self.eot_token = self._id("eos", model, vocabulary.eos)
         if self.eot_token is None:
-            raise SystemExit(
-                f"error: encoding {name}: no end-of-text token: "
-                "give tokenizer_config.json an eos_token"
-            )
-        self.add_bos_token = self.bos_token is not None and self._adds_bos(vocabulary.adds_bos)
-        self.chat_template = _chat_template(folder, self._settings)
+            raise ValueError("no end-of-text token: give tokenizer_config.json an eos_token")
+        adds = self._settings.truth("add_bos_token", vocabulary.adds_bos)
+        if adds is None:
+            adds = self._processor_adds_bos()
+        self.add_bos_token = self.bos_token is not None and adds
+        self._token_names = self._names_of_tokens()
+        named = _chat_templates(folder, self._settings)
+        self.chat_template = named.get("default")
+        self.tool_template = named.get("tool_use", self.chat_template)
 
     def encode_ordinary(self, text):
         """The ids of `text`, in which nothing is special; no bos before them."""
@@ -175,68 +169,73 @@ class Tokenizer:
             return [self.bos_token, *ids]
         return ids
 
-    def render(self, messages, add_generation_prompt=False):
+    def render(self, messages, add_generation_prompt=False, fields=None):
         """The text of `messages`, [{"role", "content"}], by the chat template.
 
-        add_generation_prompt: with the start of the assistant's next one. Raises ValueError with
-        the template's reason if it does not take them."""
+        add_generation_prompt: with the start of the assistant's next one. fields: what else the
+        template may ask for, by name; with tools it is the one for tools, if there is such. Raises
+        ValueError with the template's reason if it does not take them."""
         if self.chat_template is None:
             raise SystemExit(
                 f"error: encoding {self.name}: has no chat template; "
                 "messages need an instruct model's"
             )
+        given = {"tools": None, "documents": None} | (fields or {}) | self._token_names
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        template = self.chat_template if given["tools"] is None else self.tool_template
+        return self._asked(chat.render, template, given)
+
+    @functools.cached_property
+    def template_names(self):
+        """What the chat templates ask for, a set of names."""
+        names = set()
+        for template in (self.chat_template, self.tool_template):
+            names.update(self._asked(chat.names, template))
+        return names
+
+    def _asked(self, what, *args):
+        """What chat's function says of a template."""
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._token_names,
-            )
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as e:
-            raise ValueError(f"the chat template refuses it: {first_line(e)}")
+            return what(*args)
+        except chat.Damaged as e:
+            raise SystemExit(f"error: encoding {self.name}: its chat template is damaged: {e}")
+        except ValueError as e:
+            raise ValueError(f"the chat template refuses it: {e}")
 
-    @functools.cached_property
-    def _template(self):
-        return _compile(self.name, self.chat_template)
-
-    @functools.cached_property
-    def _token_names(self):
+    def _names_of_tokens(self):
         """{"bos_token": token, ...}: what a template may ask for."""
         # by their ids
         names = {}
         token_of = {i: token for token, i in self.vocabulary.items()}
         for key, i in (("bos_token", self.bos_token), ("eos_token", self.eot_token)):
-            if i in token_of:
+            if isinstance(token_of.get(i), str):  # not bytes, of a rank file
                 names[key] = token_of[i]
         # those that the settings name, unk_token and others, too
-        for key, value in self._settings.items():
-            token = _content(value)
-            if key.endswith("_token") and isinstance(token, str):
-                names[key] = token
+        for key, value in self._settings.found.items():
+            if key.endswith("_token") and isinstance(value, (str, dict)):  # not add_bos_token
+                names[key] = _content(self._settings, key)
         return names
 
     def _id(self, kind, model, default):
         """The id of "bos" or "eos".
 
         By the tokenizer's settings; else by config.json's, `model`; else `default`."""
-        token = _content(self._settings.get(f"{kind}_token"))
-        if isinstance(token, str) and token in self.vocabulary:
+        token = _content(self._settings, f"{kind}_token")
+        if token in self.vocabulary:
             return self.vocabulary[token]
-        found = model.get(f"{kind}_token_id")
+        key = f"{kind}_token_id"
+        found = model.found.get(key)
         if isinstance(found, list) and found:
             found = found[0]  # LLaMA-3-Instruct stops at any of three
+        if type(found) not in (int, type(None)):
+            model.refuse(key, "a token's number")
         for i in (found, default):
-            if isinstance(i, int) and 0 <= i < self.n_vocab:
+            if i is not None and 0 <= i < self.n_vocab:
                 return i
         return None
 
-    def _adds_bos(self, default):
-        """Whether a text starts with bos: by the settings, `default`, or the post-processor."""
-        for adds in (self._settings.get("add_bos_token"), default):
-            if isinstance(adds, bool):  # not None
-                return adds
-        # tokenizer.json: try it
+    def _processor_adds_bos(self):
+        """Whether tokenizer.json's post-processor starts a text with bos: try it."""
         plain = self._encode("x", True)[:1]
         processed = self._encode("x", None)[:1]
         return processed == [self.bos_token] != plain
@@ -250,19 +249,16 @@ def _read_json(path):
     """The Vocabulary in a tokenizer.json."""
     tokenizers = _library("tokenizers", path)
     try:
+        parts = read_json(*os.path.split(path))
         tokenizer = tokenizers.Tokenizer.from_file(path)
-        with open(path, encoding="utf-8") as f:
-            parts = json.load(f)
         tokenizer.no_truncation()  # the file may ask for both
         tokenizer.no_padding()
         ids = tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
             raise ValueError("its vocabulary is empty")
-    except Exception as e:  # the library raises plain Exception, and OSError without an errno
-        why = first_line(e) if os.path.exists(path) else "No such file or directory"
-        raise SystemExit(
-            f"error: encoding {path}: not a whole tokenizer.json ({why}); get it again"
-        )
+    except Exception as e:  # the library raises plain Exception
+        raise ValueError(f"{path}: not a whole tokenizer.json ({first_line(e)}); get it again")
+    _check_ids(ids, path)
 
     def encode(text, special):
         tokenizer.encode_special_tokens = special is False  # as text
@@ -328,14 +324,14 @@ def _read_sentencepiece(path, folder):
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=path)
     except Exception as e:  # RuntimeError, and OSError without an errno
-        raise SystemExit(
-            f"error: encoding {path}: not a whole sentencepiece model ({first_line(e)}); "
-            "get it again"
-        )
+        raise ValueError(f"{path}: not a whole sentencepiece model ({first_line(e)}); get it again")
     size = model.vocab_size()
     ids = {model.id_to_piece(i): i for i in range(size)}
     special = {token for token, i in ids.items() if model.is_control(i) or model.is_unknown(i)}
     added = _added_tokens(folder)  # beyond the model's size
+    for token, i in added.items():
+        if ids.get(token, i) != i or i < size and model.id_to_piece(i) != token:
+            raise ValueError(f"{folder}: the added token {shown(token)} is not {i} in {path}")
     ids.update(added)
     special |= added.keys()
 
@@ -388,24 +384,16 @@ def _read_ranks(path):
 
     It splits as LLaMA-3 does, and has end-of-text where LLaMA-3 has it."""
     ranks = {}
-    try:  # not tiktoken's load_tiktoken_bpe, which answers from its cache when the file has changed
-        with open(path, "rb") as f:
-            for line in f:
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
-    except OSError as e:
-        names = ", ".join(["bytes", *tiktoken.list_encoding_names()])
-        raise SystemExit(
-            f"error: encoding {path}: not one of {names}, and as a file or folder: {e.strerror}"
-        )
-    except ValueError:
-        ranks = {}
+    # not tiktoken's load_tiktoken_bpe, which answers from its cache when the file has changed
+    with open(path, "rb") as f, contextlib.suppress(ValueError):
+        for line in f:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
     n = len(ranks)
     lacks_a_byte = any(bytes([b]) not in ranks for b in range(256))
     if lacks_a_byte or sorted(ranks.values()) != list(range(n)):
-        raise SystemExit(
-            f'error: encoding {path}: expected lines "base64-token rank", ranks 0, 1, ..., '
-            "and every byte"
+        raise ValueError(
+            f'{path}: expected lines "base64-token rank", ranks 0, 1, ..., and every byte'
         )
     # 256 of them, as in LLaMA-3; tiktoken's eot_token is the one that has this name
     special = {"<|begin_of_text|>": n, "<|endoftext|>": n + 1}
@@ -422,13 +410,18 @@ def _with_special_tokens(encoding, folder):
     encoding: as _read_ranks gives it. The folder's settings name the tokens' places; else they are
     LLaMA-3.1's."""
     first = encoding.n_vocab - 256
-    names = {first + i: f"<|reserved_special_token_{i}|>" for i in range(256)}
-    for place, token in LLAMA3_SPECIAL.items():
-        names[first + place] = f"<|{token}|>"
-    # the settings' names go before LLaMA-3.1's
+    names = {}
     for token, i in _added_tokens(folder).items():
-        if first <= i < first + 256:
-            names[i] = token
+        if i < first:
+            raise ValueError(f"{folder}: the added token {shown(token)} has the number of a rank")
+        names[i] = token
+    # LLaMA-3.1's, where the settings have no name for a place, and the name for no other place
+    given = set(names.values())
+    for place in range(256):
+        token = f"<|{LLAMA3_SPECIAL.get(place, f'reserved_special_token_{place}')}|>"
+        if token in given:
+            token = f"<|unused_{place}|>"
+        names.setdefault(first + place, token)
     special = {token: i for i, token in names.items()}
 
     # the same encoding, with these names
@@ -463,93 +456,66 @@ def _library(name, path):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise SystemExit(
-            f"error: encoding {path}: reading it takes the {name} library: pip install {name}"
-        )
+        raise ValueError(f"{path}: reading it takes the {name} library: pip install {name}")
 
 
 def _settings(folder, file):
-    """The JSON object in folder/file; {} if there is no such file."""
-    path = os.path.join(folder, file)
-    try:
-        with open(path, encoding="utf-8") as f:
-            settings = json.load(f)
-        if isinstance(settings, dict):
-            return settings
-        why = "not a JSON object"
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        why = first_line(e)
-    raise SystemExit(f"error: {path}: damaged ({why}); get it again")
+    """The Fields of the JSON object in folder/file; none if there is no such file."""
+    return Fields(read_json(folder, file, needed=False), os.path.join(folder, file))
 
 
-def _content(token):
+def _content(fields, key):
     """A token's text; settings give it plainly, or as an object that has more to say of it."""
-    return token.get("content") if isinstance(token, dict) else token
+    if isinstance(fields.found.get(key), dict):
+        return fields.object(key).text("content")
+    return fields.text(key, None)
 
 
 def _added_tokens(folder):
     """{token: id} of what the settings add to a vocabulary that has no place for it."""
-    added = _settings(folder, "added_tokens.json")
-    listed = _settings(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
-    for i, token in listed.items():
-        added[_content(token)] = int(i)
+    added = {}
+    plain = _settings(folder, "added_tokens.json")
+    for token in plain.found:
+        added[token] = plain.whole(token, least=0)
+    listed = _settings(folder, "tokenizer_config.json").object("added_tokens_decoder")
+    for i in listed.found:
+        if not re.fullmatch("[0-9]{1,9}", i):
+            raise ValueError(f"{listed.where}: {shown(i)} is no token's number")
+        added[listed.object(i).text("content")] = int(i)
+    _check_ids(added, folder)
     return added
+
+
+def _check_ids(ids, path):
+    """Raise ValueError if two tokens have one number, or a number is beyond all vocabularies."""
+    token_of = {}
+    for token, i in ids.items():
+        if i >= MOST:
+            raise ValueError(f"{path}: the token {shown(token)} has the number {i}")
+        if token_of.setdefault(i, token) != token:
+            both = f"{shown(token_of[i])} and {shown(token)}"
+            raise ValueError(f"{path}: the tokens {both} have one number, {i}")
 
 
 # -----------------------------------------------------------------------------
 # chat templates
 
 
-def _chat_template(folder, settings):
-    """The chat template's source, of its own file or in tokenizer_config.json, or None."""
+def _chat_templates(folder, settings):
+    """{name: source} of the chat templates, of their own file or in tokenizer_config.json."""
     path = os.path.join(folder, "chat_template.jinja")
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as f:
-        return f.read()
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # named ones; others are for tools or retrieval
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        return by_name.get("default")
-    return template
-
-
-class Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, which only marks what the assistant says."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-def _compile(name, template):
-    """A chat template as a jinja2 template, in the environment that transformers gives it.
-
-    It is sandboxed, for a template is a stranger's program."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as e:
-        raise SystemExit(f"error: encoding {name}: its chat template is damaged: {first_line(e)}")
-
-
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """JSON without HTML's escapes, which jinja2's own filter makes."""
-    return json.dumps(
-        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _refuse(message):
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern):
-    return datetime.datetime.now().strftime(pattern)
+    if os.path.lexists(path):
+        check_file(path)
+        try:
+            with open(path, encoding="utf-8") as f:
+                return {"default": f.read()}
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}: {e}")
+    if not isinstance(settings.found.get("chat_template"), list):
+        template = settings.text("chat_template", None)
+        return {} if template is None else {"default": template}
+    named = {}  # "default", "tool_use", "rag"
+    for entry in settings.list("chat_template"):
+        entry = Fields(entry if isinstance(entry, dict) else {}, f"{settings.where}: chat_template")
+        named[entry.text("name")] = entry.text("template")
+    return named

@@ -16,26 +16,51 @@ many as before.
 """
 
 import sys
-from functools import partial
 
-import torch
-from tqdm import tqdm
-
-from configurator import between, configure
-from finetune import hf
-from finetune.hf_config import read_json, settings
-from model import LLaMA, LLaMAConfig, QLinear
-from run.device import pick_device
+from configurator import between, configure, one_of
+from finetune.paths import check_new, local
 
 # input and output
 model = ""  # a Hugging Face directory or repository
 out = ""  # the directory to make
-device = "auto"  # of the decompositions
+device: one_of("auto", "cuda", "cpu") = "auto"  # of the decompositions
 
 # how much is kept
 keep: between(0, 1) = 0.5  # of all ranks; above 0
 least: between(0, 1) = 0.5  # matrices that keep this share of their ranks, or more, stay whole
 uniform = False  # the same share of each matrix's ranks, to compare with
+
+
+def check(s):
+    """Exit with one line for what can be said before torch is loaded, which takes seconds."""
+    if not s.model or not s.out:
+        raise SystemExit(
+            "error: name a checkpoint with --model=, and the directory to make with --out="
+        )
+    if s.keep == 0:
+        raise SystemExit("error: keep must be above 0")
+    try:
+        check_new(s.out)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    s = configure(sys.modules[__name__], ignore_unknown=True)
+    check(s)
+
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from finetune import hf
+from finetune.fields import read_json
+from finetune.hf_config import settings
+from finetune.hf_load import stored
+from finetune.hf_tokenizer import tokenizer_files
+from model import LLaMA, LLaMAConfig, QLinear
+from run.device import check_device, pick_device
 
 BISECTIONS = 50  # of the threshold
 
@@ -86,6 +111,9 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
 
     Returns ({name: k} of the matrices that became factors, share of the ranks kept, share of the
     matrices' numbers kept). Raises ValueError, in one line, for what it cannot read."""
+    # what can be said before the work
+    check_new(out)
+    tokenizer_files(path)
     found = settings(path)
     if found.get("low_rank"):
         raise ValueError(f"{path}: has been compressed before")
@@ -93,10 +121,10 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
     # what the checkpoint holds, by Hugging Face's names, and its matrices by ours
     empty = LLaMA(LLaMAConfig(**found), linear=partial(QLinear, bits=16), device="meta")
     our_names = {module: name for name, module in empty.named_modules()}
-    files = hf.tensor_files(path)
+    files, wanted = stored(empty, path)
     shapes = {}
     matrices = {}
-    for name, (module, kind) in hf.hf_names(empty).items():
+    for name, (module, kind) in wanted.items():
         if name not in files:
             raise ValueError(f"{path}: there is no tensor {name}, in floats")
         shapes[name] = getattr(module, kind).shape
@@ -111,6 +139,11 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
     for name in tqdm(matrices, "spectra"):
         values[name] = torch.linalg.svdvals(read(name).float()).cpu()
     low = ranks_of_factors(values, keep, least, uniform)
+    if all(k == len(values[name]) for name, k in low.items()):
+        raise ValueError(
+            f"{path}: keep={keep} with least={least} leaves every matrix whole: keep less, or take "
+            "a larger least"
+        )
 
     # then each matrix once more, to be written whole or as factors
     def tensors():
@@ -123,6 +156,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
                 yield name.removesuffix("weight") + part, t.to(w.dtype)
 
     config = read_json(path, "config.json")
+    config["tie_word_embeddings"] = found["tie_embedding"]
     config["low_rank"] = " ".join(f"{matrices[name]}={k}" for name, k in low.items())
     hf.write(out, config, tensors(), path)
     return low, *_shares(low, values, {name: shapes[name] for name in matrices})
@@ -144,17 +178,12 @@ def _shares(low, values, shapes):
     return ranks / all_ranks, numbers / all_numbers
 
 
-def main():
-    s = configure(sys.modules[__name__], ignore_unknown=True)
-    if not s.model or not s.out:
-        raise SystemExit(
-            "error: name a checkpoint with --model=, and the directory to make with --out="
-        )
-    if s.keep == 0:
-        raise SystemExit("error: keep must be above 0")
+def main(s):
+    check(s)
     try:
-        path = hf.local(s.model)
+        path = local(s.model)
         device = pick_device(s.device)
+        check_device(device)
         low, ranks, numbers = compress(path, s.out, s.keep, s.least, s.uniform, device)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
@@ -165,4 +194,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

@@ -17,6 +17,7 @@ from quant import chunks, dequantize_int8, quantize_int8
 
 # Tokens whose logits exist at once: 62 MiB for 32,000 tokens in float32, where 16 x 256 take 500.
 LOSS_CHUNK = 512
+INIT_STD = 0.02  # of new weights
 
 
 def rms_norm(x, weight, eps):
@@ -29,9 +30,9 @@ def swiglu(gate, up):
     return _SwiGLU.apply(gate, up)
 
 
-def geglu(gate, up):
-    """gelu(gate) * up, of one shape, gelu by its tanh formula, as Gemma has it."""
-    return _GeGLU.apply(gate, up)
+def geglu(gate, up, approximate="tanh"):
+    """gelu(gate) * up, of one shape, gelu by the tanh formula that Gemma has; or "none": exact."""
+    return _GeGLU.apply(gate, up, approximate)
 
 
 def head_logits(h, weight):
@@ -100,16 +101,17 @@ class _GeGLU(torch.autograd.Function):
     """The same for gelu."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, approximate):
         ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh") * up
+        ctx.approximate = approximate
+        return F.gelu(gate, approximate=approximate) * up
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
-        dup = F.gelu(gate, approximate="tanh").mul_(dy)
-        return dgate, dup
+        dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate=ctx.approximate)
+        dup = F.gelu(gate, approximate=ctx.approximate).mul_(dy)
+        return dgate, dup, None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -203,15 +205,47 @@ class Checkpoint(torch.autograd.Function):
         return x.grad, *[None] * (2 + len(ctx.args))
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
+
+    def __init__(self, dim, eps, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
 class GLU(nn.Module):
-    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; with "gelu" Gemma's, by tanh."""
+    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; Gemma's with "gelu", by tanh, and
+    with "gelu_erf", exactly."""
 
     def __init__(self, activation="silu"):
         super().__init__()
         self.activation = activation
 
     def forward(self, gate, up):
-        return swiglu(gate, up) if self.activation == "silu" else geglu(gate, up)
+        if self.activation == "silu":
+            return swiglu(gate, up)
+        return geglu(gate, up, "none" if self.activation == "gelu_erf" else "tanh")
+
+
+def plain_embedding(vocab_size, dim, device=None, dtype=None):
+    """torch's Embedding, started like the rest."""
+    layer = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    return layer
+
+
+def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
+    """torch's Linear, by a QLinear's random draws: one seed starts every method alike."""
+    layer = nn.Linear(n_in, n_out, bias=bias, device="meta")  # where its own start is not drawn
+    w = torch.empty(n_out, n_in, dtype=dtype, device=device)
+    layer.weight = nn.Parameter(w.normal_(std=INIT_STD))
+    if bias:
+        layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
+    return layer
 
 
 def compile_modules(model, kinds, example):

@@ -13,8 +13,6 @@ from quant import (CHUNK, GROUP_SIZE, adam_int8_, add_bfloat16_, add_low_rank_in
                    chunks, dequantize_int8, quantize_int8)
 
 MIN_8BIT = 4096  # smaller tensors keep float32 moments, as in bitsandbytes
-MOMENTS = ("factored", "8bit", "float32")
-ACCUMULATION = ("int8", "bfloat16", "float32")
 
 
 class Moments:
@@ -76,7 +74,7 @@ class Moments:
         self.col.lerp_(col / len(g), 1 - betas[1])
         # the second moment's root is row_i col_j
         mean = self.row.mean() * (1 - betas[1] ** self.age)
-        row = (self.row / mean.clamp_(min=1e-30)).sqrt_()
+        row = (self.row / mean.clamp_(min=1e-37)).sqrt_()
         codes = (self.m, self.m_scale, self.m_zero)
         correction = 1 - betas[0] ** self.age
         adam_int8_(*codes, g, row, self.col.sqrt(), betas[0], correction, eps, key)

@@ -110,10 +110,16 @@ class Muon(Fira):
         """Of a gradient in its momentum, unless that has another use or a finer sum is wanted."""
         o = self.optimizer
         beta = o.betas[0]
-        if what == "gradient" and o.accumulation == "int8" and beta and not o.grad_clip:
+        if what == "gradient" and o.accumulation == "int8" and beta > 1e-6 and not o.grad_clip:
             first = o.ranks.rank == 0
             return SumInMomentum(self.moments, beta, first, rows, cols, o.device)
         return super().new_sum(what, rows, cols)
+
+    def drop(self):
+        """Micro-batches that are in the momentum cannot be told from it: it starts anew."""
+        if isinstance(self.sums.get("gradient"), SumInMomentum):
+            self.moments.take_()
+        super().drop()
 
     def norm(self, gradient):
         """Of G, as far as its rows tell: R may have been summed up in the momentum."""

@@ -6,9 +6,11 @@ import torch
 
 from methods.registry import FLOATS, register
 from qgalore import ProjectedWeight
+from quant import CHUNK, chunks
 
 HISTORY = 20  # gradients in the Fisher matrix
 DAMPING = 1e-3  # lambda, which is added to it
+ROUNDING = 1e-10  # of a squared norm: equations of equal gradients have a solution at any size
 
 
 @register(
@@ -18,9 +20,11 @@ DAMPING = 1e-3  # lambda, which is added to it
     fixes=FLOATS,
 )
 class NaturalGaLore(ProjectedWeight):
-    """(H H^T + lambda)^-1 g, H the last gradients, by Woodbury's identity: HISTORY equations.
+    """(H^T H + lambda)^-1 g = H^T (H H^T + lambda)^-1 e: H the last gradients, e where g is in H.
 
-    H, 2 bytes an element, takes HISTORY times the memory of R."""
+    The right-hand side has HISTORY equations and subtracts nothing large. They are in float64:
+    lambda beside a squared norm of 1e6 is nothing in float32, and equal gradients would leave no
+    solution. H, 2 bytes an element, takes HISTORY times the memory of R."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -34,10 +38,23 @@ class NaturalGaLore(ProjectedWeight):
         newest = self.state["seen"] % HISTORY
         history[newest] = r.view(-1)
         self.state["seen"] += 1
-        h = history[: self.state["seen"]].float()
-        g = history[newest].float()  # rounded as in H, or the difference below is rounding
-        gram = h @ h.T / DAMPING
-        gram.diagonal().add_(1)
-        z = torch.linalg.solve(gram, h @ g)
-        r.copy_((g / DAMPING).sub_(z @ h, alpha=DAMPING**-2).view_as(r))
+        h = history[: self.state["seen"]]
+        columns = CHUNK // HISTORY  # float64 at once
+        starts = chunks(h, h.shape[1], columns)
+
+        gram = torch.zeros(len(h), len(h), dtype=torch.float64, device=h.device)
+        for start in starts:
+            part = h[:, start : start + columns].double()
+            gram.addmm_(part, part.T)  # H H^T
+        gram.diagonal().mul_(1 + ROUNDING).add_(DAMPING)
+        # gradients of any size side by side: a diagonal of ones
+        size = gram.diagonal().sqrt()  # (HISTORY,)
+        e = torch.zeros_like(size)
+        e[newest] = 1 / size[newest]
+        z = torch.linalg.solve_ex(gram / torch.outer(size, size), e).result / size
+
+        flat = r.view(-1)
+        for start in starts:
+            part = h[:, start : start + columns].double()
+            flat[start : start + columns] = z @ part
         return super().direction(r)

@@ -14,8 +14,7 @@ import pkgutil
 from dataclasses import fields
 from functools import partial
 
-import torch
-
+from methods.after_backward import AdamW
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear
 from qgalore import QGaLore
 from run import foreign
@@ -80,6 +79,16 @@ class Method:
             raise SystemExit(
                 "error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True"
             )
+        if s.learning_rate * s.weight_decay > 1:
+            raise SystemExit(
+                f"error: weight_decay={s.weight_decay:g}, at learning_rate={s.learning_rate:g}: a "
+                "step would take more than the whole weight; their product is at most 1"
+            )
+        if s.min_lr > s.learning_rate:
+            raise SystemExit(
+                f"error: min_lr={s.min_lr:g} is above learning_rate={s.learning_rate:g}: set it to "
+                "that at most, or to -1, a tenth of it"
+            )
         s.n_kv_head = s.n_kv_head or s.n_head
         return s
 
@@ -129,16 +138,9 @@ class Method:
         """What the method changes in a new model."""
 
     def build_optimizer(self, model, s, ranks=None):
-        """torch's AdamW on all that requires grad, weight decay on matrices."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1]
-        vectors = [p for p in trained if p.ndim == 1]
-        groups = [
-            {"params": matrices, "weight_decay": s.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        """torch's AdamW on all that requires grad."""
         betas = (s.beta1, s.beta2)
-        return torch.optim.AdamW(groups, s.learning_rate, betas, s.adam_eps, fused=True)
+        return AdamW(model, s.learning_rate, betas, s.adam_eps, s.weight_decay, s.grad_clip, ranks)
 
     def rate(self, s, it):
         """What the schedule's rate is multiplied by after the warm-up."""

@@ -6,9 +6,14 @@ that host memory never holds a second copy of the model: at 7B 10.1 GB go to dis
 tensor is 0.4.
 """
 
+import contextlib
+import errno
 import os
+import pickle
 import re
+import struct
 import zipfile
+import zlib
 from dataclasses import fields
 from functools import partial
 
@@ -18,13 +23,11 @@ from configurator import Settings
 from methods.registry import find
 from model import LLaMAConfig
 from run import foreign
-from run.files import replacing
+from run.files import check_file, replacing, sync, temporary_file
+from run.text import first_line
 
 FORMAT = 3  # raised when what a checkpoint holds changes
-SHAPE_KEYS = ("method", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_dim", "vocab_size",
-              "rope_theta", "tie_embedding", "weight_bits", "weight_group_size", "rank",
-              "lora_alpha", "proj_bits", "moments", "freeze_embedding", "embed_bits",
-              "proj_side")
+PARTS = {"config": dict, "model": dict, "optimizer": dict, "iter": int, "position": int}
 OF_RUN = ("block_size", "checkpoint_activations", "checkpoint_bits")  # no checkpoint brings these
 
 
@@ -46,22 +49,34 @@ def save_checkpoint(out_dir, checkpoint, keep=1):
     """Write ckpt.pt, of which `keep` are kept.
 
     It is written and synced under another name; only then do the ones before it make room.
-    Whatever happens, those that are there are whole."""
+    Whatever happens, those that are there are whole, and once there is a ckpt.pt there is one."""
     path = os.path.join(out_dir, "ckpt.pt")
     try:
         with replacing(path) as f:
             torch.save(checkpoint | {"format": FORMAT}, f)
-            f.flush()
-            os.fsync(f.fileno())
-            # it is whole on disk: now the others move back by one
-            older = [os.path.join(out_dir, f"ckpt-{i}.pt") for i in range(1, keep)]
-            numbered = [path, *older]
-            for newer, older in reversed(list(zip(numbered, numbered[1:]))):
-                if os.path.exists(newer):
-                    os.replace(newer, older)
+            sync(f)
+            make_room(path, [os.path.join(out_dir, f"ckpt-{i}.pt") for i in range(1, keep)])
     except (OSError, RuntimeError) as e:
         kept = "; the one before it is whole" if checkpoint_paths(out_dir) else ""
-        raise SystemExit(f"error: could not save {path}: {e}{kept}")
+        raise SystemExit(f"error: could not save {path}: {first_line(e)}{kept}")
+
+
+def make_room(path, older):
+    """Move checkpoints back by one: `path` becomes older[0], that older[1], and the last goes."""
+    numbered = [path, *older]
+    for newer, place in reversed(list(zip(numbered[1:], numbered[2:]))):
+        if os.path.exists(newer):
+            os.replace(newer, place)
+    if older and os.path.exists(path):
+        second = temporary_file(older[0])  # a second name for the same file
+        second.close()
+        os.unlink(second.name)
+        try:
+            os.link(path, second.name)
+        except OSError:  # a file system with one name a file: for a moment there is no `path`
+            os.replace(path, older[0])
+        else:
+            os.replace(second.name, older[0])
 
 
 def whole_state(model, optimizer):
@@ -76,28 +91,67 @@ def whole_state(model, optimizer):
 def read_checkpoint(path):
     """A checkpoint of train.py, memory-mapped; nothing in it is run.
 
-    Exits with one line if it is anything else."""
+    Raises Damaged if its checksums do not match, or its end is missing. Exits with one line for
+    any other reason: that file may be good."""
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as file:  # torch writes checksums, and does not look at them
             damaged = file.testzip()  # the first entry that does not match, or None
         if damaged is not None:
-            raise ValueError(damaged)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        made = checkpoint.get("format")
-        for part in ("config", "model", "optimizer", "iter", "position"):
-            checkpoint[part]  # KeyError: of something else
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
     except FileNotFoundError:
         raise SystemExit(f"error: {path} does not exist: name a run's folder with --out_dir")
-    except Exception as e:  # zipfile and torch raise many kinds on a damaged or foreign file
-        kind = type(e).__name__
-        raise Damaged(f"error: {path} is damaged or not a checkpoint of train.py ({kind})")
-    if made != FORMAT:
+    except MemoryError:
+        raise SystemExit(f"error: {path} cannot be read: there is not enough memory")
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError,
+            RuntimeError, ValueError) as e:  # headers, too, may be what is damaged
+        # EINVAL: a damaged header sends the reader to a place before the file
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
+            raise SystemExit(f"error: {path} cannot be read: {e.strerror}")
+        raise Damaged(f"error: {path} is damaged, or not a checkpoint at all: {first_line(e)}")
+
+    # it is as it was written: whatever is wrong now, was so from the beginning
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, MemoryError, ValueError, KeyError,
+            TypeError, AttributeError, IndexError, EOFError, ImportError) as e:
+        raise SystemExit(f"error: {path} is not a checkpoint of train.py: {first_line(e)}")
+    check_parts(path, checkpoint)
+    return checkpoint
+
+
+def check_parts(path, checkpoint):
+    """Exit with one line unless what was read is a checkpoint of this version, with all parts."""
+    if not isinstance(checkpoint, dict):
+        raise SystemExit(f"error: {path} is not a checkpoint of train.py: no dictionary")
+    made = checkpoint.get("format")
+    if made != FORMAT and "config" in checkpoint:
         why = ""
         if made == 2:
             why = "; there the optimizer's state lay otherwise: go on with the version that made it"
         raise SystemExit(f"error: {path} was made by another version of train.py: "
-                         f"format {made}, not {FORMAT}{why}")
-    return checkpoint
+                         f"format {made!r}, not {FORMAT}{why}")
+    for part, kind in PARTS.items():
+        found = checkpoint.get(part)
+        negative = kind is int and isinstance(found, int) and found < 0
+        if not isinstance(found, kind) or isinstance(found, bool) or negative:
+            raise SystemExit(f"error: {path} is not a checkpoint of train.py: its {part!r} is "
+                             f"{type(found).__name__}, not {kind.__name__}")
+    names = checkpoint["model"]
+    if not all(isinstance(name, str) for name in (*checkpoint["config"], *names)):
+        raise SystemExit(f"error: {path} is not a checkpoint of train.py: names that are no text")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in names.values()):
+        raise SystemExit(f"error: {path} is not a checkpoint of train.py: weights that are none")
+
+
+@contextlib.contextmanager
+def restoring(path):
+    """Around what takes a checkpoint's state: exits with one line if that does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        why = f"{type(e).__name__}: {first_line(e)}"
+        raise SystemExit(f"error: {path} does not fit this run: {why}")
 
 
 def load_checkpoint(out_dir):
@@ -113,18 +167,6 @@ def load_checkpoint(out_dir):
             if path == candidates[-1]:
                 raise
             print(f"{e}; going back to the one before it")
-
-
-def check_same_model(checkpoint, s):
-    """Exit with one line if a checkpoint is of another model or method than settings s."""
-    for key in (*SHAPE_KEYS, *find(s.method).in_weights):
-        now = getattr(s, key)
-        before = checkpoint["config"].get(key, now)  # an older run may not have the key
-        if before != now:
-            raise SystemExit(
-                f"error: {checkpoint['path']} was trained with {key} = {before!r}, "
-                f"this run has {now!r}"
-            )
 
 
 def starting_model(s, checkpoint=None):
@@ -167,6 +209,10 @@ def load_model(path, device, dtype=None, weight_bits=8):
     bfloat16 on a GPU and float32 on a CPU for Hugging Face's. Raises ValueError, or exits with one
     line, if it cannot be read."""
     native = torch.bfloat16 if str(device).startswith("cuda") else torch.float32  # slow on CPUs
+    if not os.path.exists(path) and "/" not in path:
+        raise ValueError(
+            f"there is no folder {path}: name a run's, a Hugging Face directory, or owner/name"
+        )
     # a run's folder has a config.json, too, but also checkpoints or a log
     ours = checkpoint_paths(path) or os.path.exists(os.path.join(path, "log.jsonl"))
     theirs = os.path.exists(os.path.join(path, "config.json")) or not os.path.isdir(path)
@@ -180,7 +226,8 @@ def load_model(path, device, dtype=None, weight_bits=8):
     saved = native
     if "embed.weight" in weights:  # an INT8 embedding has no say
         saved = weights["embed.weight"].dtype
-    s = Settings(**checkpoint["config"], given={})
-    model = find(s.method).build_model(s, device, dtype or saved)
-    model.load_state_dict(weights)
+    with restoring(newest):
+        s = Settings(**checkpoint["config"], given={})
+        model = find(s.method).build_model(s, device, dtype or saved)
+        model.load_state_dict(weights)
     return model, s.encoding

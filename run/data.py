@@ -13,29 +13,101 @@ import glob
 import os
 
 import numpy as np
+import tiktoken
 import torch
 
+from prepare_c4 import check_made_of, prepare
 from run.encodings import fingerprint, get_encoding
-from run.shards import IN_LOSS, STARTS, open_shard
+from run.manifest import Manifest
+from run.shards import IN_LOSS, STARTS, open_shard, shard_paths
 
-
-def shard_paths(data_dir, part):
-    """The shards of a part, "train" or "val", of a folder."""
-    return glob.glob(_pattern(data_dir, part))
-
-
-def _pattern(data_dir, part):
-    return os.path.join(data_dir, f"*_{part}_*.bin")
+# (n_vocab, fingerprint) of tiktoken's encodings, as far as known without their vocabularies
+TIKTOKEN = {
+    "gpt2": (50257, 1352840262),
+    "r50k_base": (50257, 1352840262),
+    "p50k_base": (50281, 0),
+    "p50k_edit": (50284, 0),
+    "cl100k_base": (100277, 0),
+    "o200k_base": (200019, 0),
+    "o200k_harmony": (201088, 0),
+}
 
 
 def open_windows(s, part, seed):
-    """The Windows of a run's settings. seed: of their order, None: as they lie in the files."""
-    vocabulary = {}
-    if s.pretrained:  # the tokenizer's numbers are the rows of the embedding
-        tokenizer = get_encoding(s.encoding)
-        vocabulary = {"n_vocab": tokenizer.n_vocab, "fingerprint": fingerprint(tokenizer)}
-    pattern = _pattern(s.data_dir, part)
-    return Windows(pattern, s.block_size, s.vocab_size, seed, **vocabulary)
+    """The Windows of a run's settings. seed: of their order, None: as they lie in the files.
+
+    part: "train" or "val". Exits with one line as Windows does."""
+    paths = shard_paths(s.data_dir, part)
+    if not paths:
+        advice = "make some with prepare_c4.py, or set data_dir"
+        if part == "val" and shard_paths(s.data_dir, "train"):
+            advice = "there are some to train on: make them with a --val_fraction above 0"
+        pattern = os.path.join(s.data_dir, f"*_{part}_*.bin")
+        raise SystemExit(f"error: no shards {pattern}; {advice}")
+    check_finished(s.data_dir, paths)
+    n_vocab, number = known_tokenizer(s.encoding or "gpt2")
+    if not number:  # the parts have to be alike, at least
+        for path in shard_paths(s.data_dir, "train"):
+            number = number or open_shard(path).fingerprint
+    return Windows(paths, s.block_size, s.vocab_size, seed, n_vocab, number)
+
+
+def check_finished(folder, paths):
+    """Exit with one line if shards.json says that a shard is to be made again.
+
+    A stop between two of them may leave the new text for validation, and the old one to train on.
+    A folder needs no shards.json, and a damaged one keeps no run from its data."""
+    try:
+        made = Manifest.read(os.path.expanduser(folder))
+    except SystemExit as e:
+        print(f"note: {str(e).removeprefix('error: ').partition(';')[0]}")
+        return
+    for path in paths:
+        entry = made.entry(os.path.basename(path))
+        if entry and not entry["finished"]:
+            raise SystemExit(
+                f"error: {path}: is to be made again, which was not finished: give the command "
+                "that made it once more"
+            )
+
+
+def known_tokenizer(encoding):
+    """(n_vocab, fingerprint) of an encoding; 0 is what cannot be known here, and that is said."""
+    n_vocab, number = TIKTOKEN.get(encoding, (0, 0))
+    if number:  # known offline, too
+        return n_vocab, number
+    try:
+        tokenizer = get_encoding(encoding)
+    except SystemExit as e:
+        if encoding not in tiktoken.list_encoding_names():
+            raise
+        why = str(e).removeprefix("error: ").partition(" (")[0]
+        print(f"note: {why}: whether the shards were made with it is not known for sure")
+        return n_vocab, 0
+    return tokenizer.n_vocab, fingerprint(tokenizer)
+
+
+def make_data(s, ranks):
+    """Make those shards of data_input that are not there; the other ranks wait for them.
+
+    Exits with one line if data_dir holds others."""
+    if ranks.rank == 0 and s.data_input:
+        there = bool(shard_paths(s.data_dir, "train"))
+        if not there or not check_made_of(s.data_input, s.data_dir, s.encoding):
+            prepare(input=s.data_input, out_dir=s.data_dir, encoding=s.encoding)
+    ranks.agree({})
+
+
+def shares_of(batches, rows, s, ranks):
+    """The weight of each micro-batch's mean loss in the step's loss: [float].
+
+    batches: of this rank. Rows of examples (rows) have unequal numbers of targets, and each target
+    counts alike."""
+    if not rows:
+        return [1 / s.gradient_accumulation_steps] * len(batches)
+    targets = [(y >= 0).sum().item() for _, y, _ in batches]
+    of_step = max(1, ranks.total(sum(targets)))
+    return [n / of_step for n in targets]
 
 
 class Windows:
@@ -45,29 +117,30 @@ class Windows:
     shard in a new order. `position`, the windows read so far, is all the state there is: set it,
     and reading goes on from there.
 
-    seed: None reads in the order of the files.
-    n_vocab, fingerprint: of the run's tokenizer. A shard that says it was made with another one is
-    refused. 0: not known.
+    paths: of the shards, or a glob. seed: None reads in the order of the files.
+    n_vocab, fingerprint: of the run's tokenizer; 0: of the first shard that tells. A shard that
+    says it was made with another one is refused.
 
     `total` is the windows in an epoch, `rows` whether they are rows of examples. Exits with one
     line if a shard is damaged or does not fit the run.
     """
 
-    def __init__(self, pattern, block_size, vocab_size, seed=None, n_vocab=0, fingerprint=0):
-        self.paths = sorted(glob.glob(pattern))
+    def __init__(self, paths, block_size, vocab_size, seed=None, n_vocab=0, fingerprint=0):
+        self.paths = sorted(glob.glob(paths)) if isinstance(paths, str) else paths
         if not self.paths:
             raise SystemExit(
-                f"error: no shards {pattern}; make some with prepare_c4.py, or set data_dir"
+                f"error: no shards {paths}; make some with prepare_c4.py, or set data_dir"
             )
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.seed = seed
+        self.n_vocab = n_vocab
+        self.fingerprint = fingerprint
 
         self.sizes = []  # windows in each shard
         for path in self.paths:
             shard = open_shard(path)
-            check_vocabulary(path, shard, vocab_size, n_vocab, fingerprint)
-            check_length(path, shard, block_size)
+            self._check(path, shard)
             is_rows = shard.row > 0
             if not self.sizes:
                 self.rows = is_rows
@@ -76,14 +149,31 @@ class Windows:
                     f"error: {path}: plain text and examples of finetune.prepare_sft do not mix, "
                     f"and {self.paths[0]} is of the other kind; move one to another data_dir"
                 )
-            if is_rows:
-                self.sizes.append(len(shard.tokens) // shard.row)
-            else:
-                self.sizes.append((len(shard.tokens) - 1) // block_size)
+            self.sizes.append(self._windows_in(shard))
         self.total = sum(self.sizes)
         self.position = 0
         self.epoch = None  # that `order` and `ends` are of
         self.shard = None  # the one that is open, as an index into `paths`
+
+    def _check(self, path, shard):
+        """Exit with one line if a shard does not fit the run, or those before it."""
+        check_tokenizer(path, shard, self.n_vocab, self.fingerprint)
+        self.n_vocab = self.n_vocab or shard.n_vocab
+        self.fingerprint = self.fingerprint or shard.fingerprint
+        # tokens that no text here has, such as one that only pads, need no row of the embedding
+        if shard.n_vocab > self.vocab_size and shard.tokens.max() >= self.vocab_size:
+            raise SystemExit(
+                f"error: {path}: its vocabulary has {shard.n_vocab} tokens, vocab_size is "
+                f"{self.vocab_size}"
+            )
+        check_length(path, shard, self.block_size)
+        if shard.row:
+            check_flags(path, shard)
+
+    def _windows_in(self, shard):
+        if shard.row:
+            return len(shard.tokens) // shard.row
+        return (len(shard.tokens) - 1) // self.block_size
 
     def batch(self, n, rank=0, ranks=1):
         """(x, y, documents): the rank-th n of the next n * ranks windows.
@@ -148,10 +238,17 @@ class Windows:
     def _open(self, shard):
         path = self.paths[shard]
         opened = open_shard(path)
+        if self._windows_in(opened) != self.sizes[shard] or (opened.row > 0) != self.rows:
+            raise SystemExit(f"error: {path}: another file took its place while the run reads it")
         largest = opened.tokens.max()  # an embedding of vocab_size rows has none for a larger one
         if largest >= self.vocab_size:
             raise SystemExit(
                 f"error: {path}: token {largest} is beyond vocab_size {self.vocab_size}"
+            )
+        if self.n_vocab and largest >= self.n_vocab:  # of a shard that does not tell its tokenizer
+            raise SystemExit(
+                f"error: {path}: token {largest} is beyond the {self.n_vocab} of the run's "
+                "encoding: set --encoding to the one that made it"
             )
         self.shard = shard
         self.tokens = opened.tokens
@@ -166,18 +263,17 @@ class Windows:
         return np.random.default_rng((self.seed, *key)).permutation(n)
 
 
-def check_vocabulary(path, shard, vocab_size, n_vocab, fingerprint):
-    """Exit with one line if a shard's tokens are not those of the model or of its tokenizer."""
-    if shard.n_vocab > vocab_size:
-        raise SystemExit(
-            f"error: {path}: its vocabulary has {shard.n_vocab} tokens, vocab_size is {vocab_size}"
-        )
+def check_tokenizer(path, shard, n_vocab, fingerprint):
+    """Exit with one line if a shard says that it was made with another tokenizer than this.
+
+    n_vocab, fingerprint: what is wanted; 0: not known. llm.c's shards do not say it."""
     other_size = n_vocab and shard.n_vocab and shard.n_vocab != n_vocab
     other_tokens = fingerprint and shard.fingerprint and shard.fingerprint != fingerprint
     if other_size or other_tokens:
+        of = f" ({shard.n_vocab} tokens, not {n_vocab})" if other_size else ""
         raise SystemExit(
-            f"error: {path}: was made with another tokenizer than the run's; make it again "
-            "with the run's --encoding"
+            f"error: {path}: was made with another tokenizer than the run's{of}: set --encoding "
+            "to the one that made it, or make it again"
         )
 
 
@@ -193,3 +289,16 @@ def check_length(path, shard, block_size):
             f"error: {path}: {len(shard.tokens)} tokens are less than one sequence of "
             "block_size + 1"
         )
+
+
+def check_flags(path, shard):
+    """Exit with one line if a shard's flags are none, or let no token count in the loss."""
+    flags = shard.flags.reshape(-1, shard.row)  # (rows, block_size + 1)
+    largest = flags.max()
+    if largest > IN_LOSS | STARTS:
+        raise SystemExit(
+            f"error: {path}: damaged: {largest} is no flag of a token; delete it, make it again"
+        )
+    targets = (rows[:, 1:] & IN_LOSS for rows in np.array_split(flags, len(flags) // 4096 + 1))
+    if not any(part.any() for part in targets):
+        raise SystemExit(f"error: {path}: has no target: not one of its tokens counts in the loss")

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from run.limits import free_memory, usable_cores
+from run.machine import free_memory, usable_cores
 
 GIB = 2**30
 

@@ -6,11 +6,14 @@ English about programming. Only the demo and small experiments train on it.
 """
 
 import ast
+import contextlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
 import os
 import random
+import sys
 import sysconfig
 import warnings
 from pydoc_data.topics import topics
@@ -38,6 +41,15 @@ def docs_corpus():
     texts = sorted(text for text in texts if len(text) >= SHORTEST and text.isascii())
     random.Random(0).shuffle(texts)  # so that the last ones, for validation, are a fair sample
     return "\n".join(json.dumps({"text": text}) for text in texts).encode()
+
+
+def docs_source():
+    """What tells one corpus from another, for a manifest."""
+    versions = {"python": sys.version}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"path": "docs", "versions": versions}
 
 
 def library_folders():

@@ -8,6 +8,7 @@ checkpoint's tokenizer, see finetune/tokenizer.py.
 
 import contextlib
 import functools
+import os
 import zlib
 
 import tiktoken
@@ -36,7 +37,7 @@ def get_encoding(name):
                 f"error: encoding {name}: vocabulary not fetched ({first_line(e)}); "
                 "try --encoding=bytes"
             )
-    return foreign.tokenizers().get_tokenizer(name)
+    return foreign.tokenizers().get_tokenizer(os.path.expanduser(name))
 
 
 @functools.lru_cache

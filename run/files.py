@@ -1,9 +1,9 @@
 """
 Files that are written whole or not at all, and files that are what they should be.
 
-A file that is being written lies beside its place, as NAME.PROCESS-N.tmp, and takes its name once
-it is on the disk. Its process alone has that name, and locks it: the system opens the lock when
-the process ends, however it ends, so that what it left behind is known.
+A file that is being written lies beside its place, as NAME.qgalore-PROCESS-N.tmp, and takes its
+name once it is on the disk. Its process alone has that name, and locks it: the system opens the
+lock when the process ends, however it ends, so that what it left behind is known.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import stat
 
 try:
@@ -19,7 +20,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and nothing is taken for left behind
     fcntl = None
 
-TEMPORARY = re.compile(r".+\.\d+-\d+\.tmp")
+TEMPORARY = re.compile(r".+\.qgalore-\d+-\d+\.tmp")
 # what a file system answers that cannot sync: some network and user-space ones
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -57,11 +58,13 @@ def temporary_folder(path):
     for name in _temporary_names(path):
         with contextlib.suppress(FileExistsError):
             os.mkdir(name)
+            if fcntl is not None:
+                lock(os.open(name, os.O_RDONLY))  # until this process ends
             return name
 
 
 def _temporary_names(path):
-    return (f"{path}.{os.getpid()}-{i}.tmp" for i in itertools.count())
+    return (f"{path}.qgalore-{os.getpid()}-{i}.tmp" for i in itertools.count())
 
 
 def sync(f):
@@ -95,16 +98,26 @@ def lock(f):
     return True
 
 
-def sweep(folder):
-    """Delete the temporary files in a folder whose process was killed, and say so."""
+def sweep(folder, start=""):
+    """Delete what killed processes were writing in a folder, and say so. start: of their names."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
-        if not TEMPORARY.fullmatch(name) or not os.path.isfile(path):
+        if not TEMPORARY.fullmatch(name) or not name.startswith(start) or os.path.islink(path):
             continue
-        with contextlib.suppress(OSError), open(path, "rb") as f:
-            if lock(f):
-                os.unlink(path)
-                print(f"note: deleted {path}: it was left half written by a process that ended")
+        with contextlib.suppress(OSError):
+            f = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            try:
+                if lock(f):
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+                    print(f"note: deleted {path}: a process that was killed left it half written")
+            finally:
+                os.close(f)
+
+
+def unused(path):
+    """`path`, or with a number after it, so that there is nothing of that name yet."""
+    names = itertools.chain([path], (f"{path}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def check_file(path):
@@ -113,7 +126,7 @@ def check_file(path):
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, where a file was expected", path)
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "is no ordinary file", path)
+        raise OSError(errno.ENXIO, "is no ordinary file", path)
 
 
 def parse_json(text):

@@ -25,10 +25,11 @@ bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example sta
 
 import collections
 import os
+import re
 
 import numpy as np
 
-from run.files import replacing
+from run.files import check_file, replacing
 
 LAYOUTS = {  # magic: version, type of a token
     20240520: (1, np.dtype("<u2")),
@@ -44,9 +45,33 @@ STARTS = 2
 Shard = collections.namedtuple("Shard", "tokens n_vocab flags row fingerprint")
 
 
+def part_of(name):
+    """The part that a file's name tells, "train" or "val", or None where it is no shard.
+
+    The last of the two words counts: x_val_train_00000.bin is for training. Without a number the
+    names are llm.c's, tiny_shakespeare_train.bin."""
+    match = re.fullmatch(r"(?s)(?!\.).*_(train|val)(_.*)?\.bin", name)
+    return match and match[1]
+
+
+def shard_paths(folder, part):
+    """The shards of a part, "train" or "val", of a folder, sorted; none where there is no folder.
+
+    Exits with one line if it cannot be read."""
+    folder = os.path.expanduser(folder)
+    try:
+        found = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise SystemExit(f"error: {folder}: {e.strerror}")
+    return sorted(os.path.join(folder, name) for name in found if part_of(name) == part)
+
+
 def open_shard(path):
     """The Shard in a file, memory-mapped. Exits with one line if it is not whole."""
     try:
+        check_file(path)
         size = os.path.getsize(path)
         header = np.fromfile(path, "<i4", 256)
     except OSError as e:

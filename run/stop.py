@@ -1,9 +1,14 @@
 """
-Ctrl-C, a scheduler's SIGTERM, a limit of minutes: a run ends after the step under way, and saves.
+Ctrl-C, a scheduler's signal, a closed terminal, a limit of minutes: a run ends after the step under
+way, and saves.
 """
 
 import signal
 import time
+
+
+# a scheduler sends TERM, or USR1 some time before; a terminal that closes, or ssh's end, HUP
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Stop:
@@ -16,13 +21,19 @@ class Stop:
         self.signals = []  # names of those that came
         self.alone = alone
         self.end = began + 60 * minutes if minutes else None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is None:  # Windows lacks two
+                continue
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup asks for it
             signal.signal(number, self._come)
 
     def _come(self, number, frame):
-        if self.signals and self.alone:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and name in self.signals and self.alone:
             raise KeyboardInterrupt
-        self.signals.append(signal.Signals(number).name)
+        self.signals.append(name)
 
     def late(self):
         return self.end is not None and time.perf_counter() > self.end

@@ -107,8 +107,8 @@ class Job:
         for fd, name in ((1, "out"), (2, "err")):
             file = os.open(f"{self.folder}/{rank}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
             os.dup2(file, fd)
-        sys.stdout = open(1, "w", buffering=1)
-        sys.stderr = open(2, "w", buffering=1)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         os.environ.update({key: str(value) for key, value in env.items() if value is not None})
         torch.set_num_threads(1)
         function()

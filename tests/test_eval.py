@@ -3,6 +3,8 @@ Tests of evaluation: tiny random models with the bytes encoding, data of their o
     python -m pytest tests/test_eval.py
 """
 
+import glob
+import gzip
 import json
 import math
 import os
@@ -16,14 +18,13 @@ import torch.nn.functional as F
 import sample
 from configurator import configure
 from finetune import evaluate
-from finetune.evaluate import GROUP_OF, GROUPS
-from finetune.evaluate import fit, greedy, loglikelihoods, number, read_mmlu, windows
+from finetune.evaluate import fit, greedy, loglikelihoods, windows
+from finetune.questions import GROUP_OF, GROUPS, number, read_mmlu
 from model import LLaMA, LLaMAConfig, QLinear
 from run.checkpoint import save_checkpoint
 from run.encodings import get_encoding
 from run.shards import write_shard
-from tests.common import one_line_error
-from tests.common import run as run_script
+from tests.common import HERE, one_line_error, script
 
 BYTES = get_encoding("bytes")
 SHAPE = dict(
@@ -67,7 +68,7 @@ def saved(folder, model, **settings):
         "model": model.state_dict(),
         "optimizer": {},
         "iter": 1,
-        "position": (0, 0),
+        "position": 0,
     }
     save_checkpoint(str(folder), checkpoint)
     return str(folder)
@@ -237,6 +238,25 @@ NUMBERS = [
     ("none", None),
     ("", None),
     (".5", "0.5"),
+    (r"#### $9{,}500", "9500"),
+    (r"so \boxed{9{,}500}", "9500"),
+    (r"it is 9,\!500 or 9\,501", "9501"),
+    (r"#### -\$5", "-5"),
+    ("12\u202f345 and 12\u00a0346", "12346"),
+    ("1,000.50", "1000.5"),
+    ("\u22127", "-7"),
+    ("3/4", "0.75"),
+    ("#### -3/4.", "-0.75"),
+    ("on 5/12/2020", "2020"),
+    ("1/0", "0"),
+    ("1e5", "100000"),
+    ("1.5E+2 km", "150"),
+    ("2e", "2"),
+    ("\uff19\uff15 or \uff19\uff0c\uff15\uff10\uff10", "9500"),
+    ("12.", "12"),
+    ("9" * 400, None),
+    ("1e999", None),
+    ("m\u00b2", None),
 ]
 
 
@@ -485,6 +505,139 @@ def test_results_of_anything_else_are_not_taken_up(tmp_path, monkeypatch, capsys
     assert result["n"] == (13 if change == "data" else 12)
 
 
+PARTIALS = [  # what a line of partial results may be
+    b"not JSON",
+    b"[]",
+    b"7",
+    b'{"item": 3}',
+    b'{"item": "3", "seconds": 1, "scores": [0, 0]}',
+    b'{"item": 99, "seconds": 1, "scores": [0, 0]}',
+    b'{"item": -1, "seconds": 1, "scores": [0, 0]}',
+    b'{"item": true, "seconds": 1, "scores": [0, 0]}',
+    b'{"item": 3, "seconds": null, "scores": [0, 0]}',
+    b'{"item": 3, "seconds": 1, "scores": [0]}',
+    b'{"item": 3, "seconds": 1, "scores": [0, "0"]}',
+    b'{"item": 3, "seconds": 1, "scores": [0, NaN]}',
+    b'{"item": 3, "seconds": 1, "text": "0"}',
+    b"\xff\0",
+]
+
+
+def test_partial_results_that_are_none_are_computed_again(tmp_path, monkeypatch):
+    settings = sst2(tmp_path) | {"model": saved(tmp_path / "run", tiny())}
+    settings |= {"batch_size": 2, "out": tmp_path / "r.json"}
+    whole = run(**settings)
+    interrupt_after(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings)
+    with open(tmp_path / "r.json.partial.jsonl", "ab") as f:
+        f.write(b"\n".join(PARTIALS))
+    again = interrupt_after(None, monkeypatch)
+    result = run(**settings)
+    assert len(again) == 5  # the first batch is not done again
+    assert result["accuracy"] == whole["accuracy"]
+    assert result["answers_given"] == whole["answers_given"]
+
+
+def test_no_result_takes_anothers_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        saved(tmp_path / name / "run", tiny(n_layer=1), n_layer=1)
+        (tmp_path / name / "text.txt").write_text(f"text of {name}")
+
+    def evaluated(**settings):
+        argv = [f"--{name}={value}" for name, value in settings.items()]
+        evaluate.evaluate(configure(evaluate, argv=argv))
+        return sorted(glob.glob("eval-*.json"))
+
+    seen = evaluated(model="a/run", data="a/text.txt")
+    assert seen == evaluated(model="./a/run/", data=f"{tmp_path}/a/text.txt", batch_size=2)
+    for settings in (
+        {"data": "b/text.txt"},
+        {"model": "b/run"},
+        {"limit": 1},
+        {"block_size": 16},
+    ):
+        now = evaluated(**{"model": "a/run", "data": "a/text.txt"} | settings)
+        assert len(now) == len(seen) + 1 and set(seen) < set(now)
+        seen = now
+    (tmp_path / "a/text.txt").write_text("another text")
+    assert len(evaluated(model="a/run", data="a/text.txt")) == len(seen) + 1
+    assert sorted(os.listdir()) == sorted(["a", "b", *glob.glob("eval-*.json")])
+    assert os.listdir("a/run") == ["ckpt.pt"]
+
+    # into a file that the user names: said, and nothing but a result is replaced
+    capsys.readouterr()
+    evaluated(model="a/run", data="a/text.txt", out="r.json")
+    assert "replaced" not in capsys.readouterr().out
+    evaluated(model="a/run", data="b/text.txt", out="r.json")
+    assert "r.json has the result of other settings, model or data" in capsys.readouterr().out
+    for path, why in (("b/text.txt", "is no result"), ("a", "is a folder")):
+        with pytest.raises((SystemExit, OSError), match=why):
+            evaluated(model="a/run", data="a/text.txt", out=path)
+    assert (tmp_path / "b/text.txt").read_text() == "text of b"
+
+
+def test_two_processes_do_not_share_partial_results(tmp_path):
+    path = tmp_path / "r.json.partial.jsonl"
+    with evaluate.open_partial(str(path)):
+        with pytest.raises(SystemExit, match="another process evaluates this"):
+            with evaluate.open_partial(str(path)):
+                pass
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("task", ["perplexity", "choice", "generate"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_is_not_finite_has_no_accuracy(tmp_path, task, value):
+    model = tiny()
+    with torch.no_grad():
+        model.embed.weight.fill_(value)
+    settings = sst2(tmp_path)
+    if task == "perplexity":
+        (tmp_path / "x.txt").write_text("text")
+        settings = {"data": tmp_path / "x.txt"}
+    elif task == "generate":
+        (tmp_path / "x.jsonl").write_text('{"question": "a", "answer": "1"}\n' * 2)
+        settings = {"data": tmp_path / "x.jsonl", "prompt": "{question}", "max_new_tokens": 9}
+    settings |= {"task": task, "model": saved(tmp_path / "run", model)}
+    with pytest.raises(SystemExit, match="error: model=.*: item [0-9]+: the model answers nan"):
+        run(**settings, out=tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_equal_scores_are_counted(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    settings = sst2(tmp_path) | {"labels": "bad,meh", "model": saved(tmp_path / "run", model)}
+    assert run(**settings, out=tmp_path / "r.json")["ties"] == 12
+
+
+def test_texts_of_any_unicode_have_one_perplexity(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "run", tiny())
+    text = "naïve — 🙂 " * 9
+    files = {
+        "x.txt": text.encode(),
+        "x-bom.txt": text.encode("utf-8-sig"),
+        "x-16.raw": text.encode("utf-16"),
+        "x.txt.gz": gzip.compress(text.encode()),
+        "x.jsonl": json.dumps({"text": text}).encode(),
+    }
+    found = set()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        result = run(model=folder, data=tmp_path / name, out=tmp_path / "r.json")
+        found.add((result["nats_per_token"], result["bytes"]))
+    assert len(found) == 1
+    (tmp_path / "bad.txt").write_bytes(b"good \x80")
+    with pytest.raises(SystemExit, match="bad.txt: at byte 5: not UTF-8"):
+        run(model=folder, data=tmp_path / "bad.txt", out=tmp_path / "r.json")
+    monkeypatch.setattr(evaluate, "LARGEST_TEXT", 9)
+    with pytest.raises(SystemExit, match="make shards of it"):
+        run(model=folder, data=tmp_path / "x.txt", out=tmp_path / "r.json")
+
+
 def test_bad_input_is_one_line(tmp_path):
     choice = sst2(tmp_path)
     perplexity = {"data": choice["data"]}
@@ -494,11 +647,13 @@ def test_bad_input_is_one_line(tmp_path):
         "fields.tsv": "fine\t1\nbad\n",
         "empty.tsv": "",
         "empty.txt": "",
+        "x.txt": "text",
         "x.jsonl": '{"question": "?", "answer": "none"}\n',
         "mmlu/test/virology_test.csv": "q,a,b,c,d,A\nq,a,b,c,D\n",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
+    write_shard(f"{tmp_path}/other_val_0.bin", np.array([5, 300]), 0)
     generate = {"task": "generate", "data": tmp_path / "x.jsonl"}
     cases = [
         ({"task": "sums"}, "task must be one of perplexity, choice, mmlu, generate, not 'sums'"),
@@ -519,6 +674,16 @@ def test_bad_input_is_one_line(tmp_path):
             "dev.tsv, line 1: no field 'label'",
         ),
         (choice | {"labels": ""}, "task choice needs --prompt and --labels"),
+        (choice | {"labels": "one"}, "expected two or more, all different"),
+        (choice | {"labels": "a,b,a"}, "expected two or more, all different"),
+        (choice | {"completion": " x"}, "two labels are the same: it needs {label}"),
+        (choice | {"data": tmp_path / "x.txt"}, "is text, where records were expected"),
+        ({"data": tmp_path}, "is a folder: name its files"),
+        ({"data": ""}, "--data is missing"),
+        ({"data": tmp_path / "other_val_0.bin"}, "token 300 is beyond the 257 of the model's"),
+        (perplexity | {"model": tmp_path}, "has neither ckpt.pt nor config.json"),
+        (perplexity | {"model": tmp_path / "x.txt"}, "is a file, where a model's folder"),
+        (perplexity | {"device": "tpu"}, "device must be one of auto, cuda, cpu, not 'tpu'"),
         (choice | {"shots": 13}, "12 records for 13 shots"),
         ({"task": "mmlu", "data": folder}, "virology_test.csv, line 2: 5 fields instead of 6"),
         ({"task": "mmlu", "data": tmp_path}, "there is nothing in it"),
@@ -534,18 +699,25 @@ def test_bad_input_is_one_line(tmp_path):
         assert message in line, settings
 
 
-def test_the_command_line_writes_into_the_runs_folder(tmp_path):
+def test_the_command_line_leaves_the_run_as_it_is(tmp_path):
     folder = saved(tmp_path / "run", tiny())
     (tmp_path / "text.txt").write_text("some text")
-    command = ["finetune.evaluate", f"--model={folder}", f"--data={tmp_path / 'text.txt'}"]
-    code, out, err = run_script(*command)
-    assert code == 0, err
-    path = tmp_path / "run" / "eval-perplexity.json"
-    result = json.loads(path.read_text())
+    command = ["finetune.evaluate", "--model=run", "--data=text.txt"]
+    here = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": HERE}}
+    process = script(*command, **here)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    [path] = glob.glob(f"{tmp_path}/eval-*")
+    name = os.path.basename(path)
+    assert name.startswith("eval-perplexity-run-text.txt-") and name.endswith(".json")
+    with open(path) as f:
+        result = json.load(f)
     assert result["tokens"] == 9 and result["peak_memory_gib"] > 0
     assert result["settings"]["task"] == "perplexity"
-    assert out.startswith(f"{path}: n 1, tokens 9, ")
-    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.pt", "eval-perplexity.json"]
-    bad = run_script(*command, "--task=sums")
-    one_line_error(bad, "task must be one of")
-    assert bad[2].count("\n") == 1
+    assert out.startswith(f"{name}: n 1, tokens 9, ")
+    assert os.listdir(folder) == ["ckpt.pt"]
+
+    process = script(*command, "--task=sums", **here)
+    out, err = process.communicate(timeout=240)
+    one_line_error((process.returncode, out, err), "task must be one of")
+    assert err.count("\n") == 1

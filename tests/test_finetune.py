@@ -144,7 +144,7 @@ def test_micro_batches_of_examples_weigh_each_target_alike(tmp_path):
     flags[1::2, 10:30] = 1
     numbers = np.random.default_rng(0).integers(0, 61, flags.size)
     for part in ("train", "val"):
-        write_shard(f"{tmp_path}/x_{part}_0.bin", numbers, 61, flags.ravel(), row)
+        write_shard(f"{tmp_path}/x_{part}_0.bin", numbers, 0, flags.ravel(), row)  # of no tokenizer
     losses = []
     in_parts = ["--batch_size=2", "--gradient_accumulation_steps=4"]
     for out, args in (("one", ["--batch_size=8"]), ("two", in_parts)):

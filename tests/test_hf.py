@@ -27,7 +27,8 @@ from transformers import (
 
 import quant
 import sample
-from finetune import hf, hf_files
+from configurator import configure
+from finetune import hf, hf_files, welore
 from finetune.adapters import LoRA
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
 from run.checkpoint import load_model, save_checkpoint
@@ -69,6 +70,8 @@ BARE_GEMMA2 = dict(
     attn_logit_softcapping=None,
     final_logit_softcapping=None,
 )
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 QWEN2_WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
 FAMILY = {
     "llama": (LlamaConfig, {}),
@@ -345,6 +348,90 @@ def test_a_stored_tied_head_and_rope_buffers_are_passed_over(tmp_path):
     assert close(logits(ours, text()), logits(theirs, text()))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma 2"])
+def test_a_head_of_its_own_is_not_dropped(kind, tmp_path):
+    """What merges of adapters write: config.json says tied, and the file has another head."""
+    _, path = saved(tmp_path, kind, tie_word_embeddings=True)
+    head = torch.randn(97, 48)
+    change(path, put(HEAD, head))
+    theirs = read_back(path)
+    ours = hf.load(path, 16, torch.float32)
+    assert ours.head is not ours.embed and torch.equal(ours.head.weight, head)
+    assert close(logits(ours, text()), logits(theirs, text()), 1e-3)
+
+    # and it stays in what is made of it
+    hf.save(ours, str(tmp_path / "again"), dtype=torch.float32)
+    assert close(logits(read_back(tmp_path / "again"), text()), logits(theirs, text()), 1e-3)
+    welore.compress(path, str(tmp_path / "low"))
+    assert torch.equal(hf.load(str(tmp_path / "low"), 16, torch.float32).head.weight, head)
+
+    # of another type, but the same: tied
+    change(path, lambda t: t.update({EMBED: t[EMBED].bfloat16()}))
+    change(path, lambda t: t.update({HEAD: t[EMBED].float()}))
+    assert hf.load(path, 16, torch.float32).config.tie_embedding
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(tmp_path):
+    theirs, path = saved(tmp_path, tie_word_embeddings=True)
+    change(path, lambda t: t.update({HEAD: t.pop(EMBED)}))
+    assert close(logits(read_back(path), text()), logits(theirs, text()))
+    ours = hf.load(path, 16, torch.float32)
+    assert ours.head is ours.embed
+    assert close(logits(ours, text()), logits(theirs, text()))
+    low, *_ = welore.compress(path, str(tmp_path / "low"), keep=0.3)
+    assert low and hf.load(str(tmp_path / "low"), 16).config.tie_embedding
+    # but not where they are two
+    edit(path, lambda c: c.update(tie_word_embeddings=False))
+    refused(path, EMBED)
+
+
+TANH = "gelu_pytorch_tanh"
+T = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+OLD_ROPE = {"type": "linear", "factor": 3}
+SLIDES = ["sliding_attention", "full_attention", "sliding_attention"]
+SAID = [  # kind, what config.json says besides
+    ("gemma", dict(hidden_act="gelu", hidden_activation="gelu")),
+    ("gemma", dict(hidden_act=TANH, hidden_activation="gelu")),
+    ("gemma", dict(hidden_act="silu", hidden_activation=TANH)),
+    ("gemma 2", dict(hidden_act=TANH, hidden_activation="gelu")),
+    ("gemma 2", dict(hidden_act="gelu", hidden_activation=TANH)),
+    ("gemma 2", dict(hidden_act="relu", hidden_activation="silu")),
+    ("llama", dict(hidden_act="gelu")),
+    ("llama", dict(hidden_act="gelu_new")),
+    ("qwen 2", dict(hidden_act="swish")),
+    ("llama", dict(rope_parameters=LINEAR, rope_scaling=LLAMA3)),
+    ("llama", dict(rope_parameters=LLAMA3, rope_scaling=LINEAR)),
+    ("gemma 2", dict(rope_parameters=None, rope_scaling=OLD_ROPE, rope_theta=50)),
+    ("llama", dict(rope_parameters={"rope_type": "default"}, rope_theta=50.0)),
+    ("llama", dict(rope_parameters=T)),
+    ("llama", dict(rope_parameters=LLAMA3, original_max_position_embeddings=16)),
+    ("mistral", dict(layer_types=SLIDES[1:] + SLIDES[1:2])),
+    ("mistral", dict(layer_types=SLIDES)),
+    ("gemma 2", dict(layer_types=["full_attention"] * 3)),
+    ("qwen 2, window", dict(layer_types=SLIDES)),
+    ("qwen 2", dict(max_window_layers=0, layer_types=None)),
+    ("llama", dict(sliding_window=3, query_pre_attn_scalar=3, final_logit_softcapping=1.0)),
+    ("gemma 2", dict(query_pre_attn_scalar=3, rms_norm_eps=0.01)),
+    ("llama", dict(pretraining_tp=2, attention_dropout=0.5, rms_norm_eps=0.1)),
+]
+
+
+@pytest.mark.parametrize("kind,said", SAID)
+def test_what_config_json_says_is_heard_as_transformers_does(kind, said, tmp_path):
+    """Each key that changes the logits is honoured, or refused by its name."""
+    _, path = saved(tmp_path, kind)
+    edit(path, lambda c: c.update(said))
+    try:
+        ours = hf.load(path, 16, torch.float32)
+    except ValueError as e:
+        assert "order of sliding" in str(e) and said["layer_types"][1] != SLIDES[1]
+        return
+    assert close(logits(ours, text()), logits(read_back(path), text()))
+    # and the export says the same
+    hf.save(ours, str(tmp_path / "again"), like=path, dtype=torch.float32)
+    assert close(logits(ours, text()), logits(read_back(tmp_path / "again"), text()))
+
+
 def test_what_was_loaded_does_not_change_with_the_file(tmp_path):
     theirs, path = saved(tmp_path)
     ours = hf.load(path, 16, torch.float32)
@@ -491,7 +578,7 @@ def test_an_existing_directory_is_not_overwritten(tmp_path):
         hf.save(hf.load(path), path)
 
 
-def test_a_run_is_exported_by_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_run_is_exported_by_the_command_line(tmp_path, capsys):
     """And load_model reads it, as it reads the run."""
     theirs, path = saved(tmp_path)
     ours = hf.load(path, dtype=torch.float32, group_size=16)
@@ -506,8 +593,7 @@ def test_a_run_is_exported_by_the_command_line(tmp_path, monkeypatch, capsys):
     for int8, error in ((False, 0.5), (True, 1e-4)):
         out = str(tmp_path / f"out{int8}")
         args = [f"--out_dir={run}", f"--export={out}", f"--int8={int8}"]
-        monkeypatch.setattr("sys.argv", ["hf.py", *args])
-        hf.main()
+        hf.main(configure(hf, argv=args))
         assert out in capsys.readouterr().out
         assert hf.settings(out) == hf.settings(path)
         model, name = load_model(out, "cpu", torch.float32, 16)
@@ -555,19 +641,28 @@ def refused(path, *words):
         ("architectures", None, "architecture none"),
         ("attention_bias", True, "attention_bias"),
         ("mlp_bias", True, "mlp_bias"),
+        ("is_causal", False, "is_causal"),
+        ("model_type", "mistral", "model_type"),
+        ("partial_rotary_factor", 0.0, "partial_rotary_factor"),
+        ("rope_parameters", LINEAR | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("rope_parameters", LLAMA3 | {"low_freq_factor": 4.0}, "high_freq_factor"),
+        ("num_hidden_layers", 10**12, "num_hidden_layers"),
+        ("num_hidden_layers", 4, "num_hidden_layers 4"),
+        ("hidden_size", 10**9, "hidden_size"),
+        ("hidden_size", 64, "hidden_size"),
         ("hidden_act", "relu", "relu"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "yarn"),
         ("rope_parameters", {"rope_type": "dynamic", "factor": 4.0}, "dynamic"),
         ("rope_parameters", {"rope_type": "longrope"}, "longrope"),
         ("rope_parameters", {"rope_type": "linear"}, "factor"),
         ("rope_parameters", {"rope_type": "linear", "factor": "two"}, "config.json"),
-        ("rope_parameters", {"rope_type": ["linear"]}, "RoPE scaling ['linear']"),
+        ("rope_parameters", {"rope_type": ["linear"]}, "rope_type is ['linear']"),
         ("rope_parameters", [1], "rope_par"),
         ("rope_parameters", {"full_attention": {"rope_type": "default"}}, "RoPE"),
         ("quantization_config", {"quant_method": "gptq"}, "gptq"),
         ("hidden_size", None, "config.json"),
         ("hidden_size", "48", "config.json"),
-        ("num_hidden_layers", 2.5, "n_layer"),
+        ("num_hidden_layers", 2.5, "num_hidden_layers"),
         ("head_dim", 7, "head"),
         ("num_key_value_heads", 3, "n_kv_head"),
         ("low_rank", "blocks.0.attn.q_proj=x", "config.json"),
@@ -595,7 +690,6 @@ def put(name, tensor):
     return lambda tensors: tensors.update({name: tensor})
 
 
-EMBED = "model.embed_tokens.weight"
 UP = "mlp.up_proj.weight"
 K_PROJ = "model.layers.2.self_attn.k_proj.weight"
 

@@ -482,6 +482,8 @@ def test_lean_layers_have_autograd_s_outputs_and_gradients():
     )
     compare_with_autograd(lean.swiglu, lambda a, b: F.silu(a) * b, gate, up)
     compare_with_autograd(lean.geglu, lambda a, b: F.gelu(a, approximate="tanh") * b, gate, up)
+    exact = lean.GLU("gelu_erf")
+    compare_with_autograd(exact, lambda a, b: F.gelu(a) * b, gate, up)
 
 
 class Slices:

@@ -907,5 +907,5 @@ def test_a_model_on_two_devices_is_refused_with_both(kind):
                                    {"accumulation": "half"}])
 def test_arguments_that_there_are_not_are_refused(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} is one of .*{value}"):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*{value}"):
         QGaLore(mixed(), **wrong)

@@ -162,7 +162,7 @@ def start_and_wait_until_half_made(folder):
             f"--input={folder}/?.jsonl", f"--out_dir={folder}/out", "--val_fraction=0",
             "--workers=2",
         )
-        half = f"{shard}.{run.pid}-0.tmp"
+        half = f"{shard}.qgalore-{run.pid}-0.tmp"
         while not (os.path.exists(half) and os.path.getsize(half)) and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGSTOP)

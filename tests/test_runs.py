@@ -29,11 +29,13 @@ def arguments(shards, out_dir, *more):
 
 
 def contents(folder):
-    """{name: what is in it} of a folder's files."""
+    """{path within: what is in it} of a folder's files."""
     found = {}
-    for name in os.listdir(folder):
-        with open(os.path.join(folder, name), "rb") as f:
-            found[name] = f.read()
+    for name in glob.glob("**", root_dir=folder, recursive=True):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                found[name] = f.read()
     return found
 
 
@@ -165,17 +167,17 @@ def refused(message):
 def test_damaged_and_foreign_checkpoints_are_refused_unrun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused("does not exist")
-    save_checkpoint("", dict.fromkeys(("config", "model", "optimizer", "iter", "position")))
+    save_checkpoint("", {"config": {}, "model": {}, "optimizer": {}, "iter": 0, "position": 0})
     load_checkpoint("")
     with open("ckpt.pt", "rb") as f:
         whole = f.read()
     for content in (whole[: len(whole) // 2], b"", b"hello", pickle.dumps(Malice())):
         with open("ckpt.pt", "wb") as f:
             f.write(content)
-        refused("damaged or not a checkpoint")
+        refused("damaged, or not a checkpoint")
     for content in ({"a": 1}, [1], {"model": Malice()}):
         torch.save(content, "ckpt.pt")
-        refused("damaged or not a checkpoint")
+        refused("not a checkpoint of train.py")
     assert not os.path.exists("malice")
 
 
@@ -205,8 +207,9 @@ def test_what_a_run_finds_in_its_folder_is_not_lost(shards, tmp_path):
     # from scratch, what was there is set aside
     assert run("train.py", *args)[0] == 0
     after = contents(tmp_path)
-    for name in ("ckpt.pt", "log.jsonl"):
-        assert after[f"previous_{name}"] == first[name]
+    for name in first:
+        assert after[f"earlier-1/{name}"] == first[name]
+    assert after.keys() - first.keys() == {f"earlier-1/{name}" for name in first}
     # and a damaged one is said to be damaged by others that read it
     (tmp_path / "ckpt.pt").write_bytes(first["ckpt.pt"][:1000])
     one_line_error(run("sample.py", f"--out_dir={tmp_path}"), "ckpt.pt", "damaged")
@@ -294,7 +297,7 @@ def test_bad_shards_are_refused_by_name(tmp_path):
     refused("token 99", vocab_size=99)
     refused("less than one sequence", block_size=100)
     write_shard(path, np.arange(100), 257)
-    refused("its vocabulary has 257", vocab_size=256)
+    refused("its vocabulary has 257", vocab_size=99)
     with open(path, "rb") as f:
         whole = f.read()
     for content in (whole[:-2], b"\0" * 4 + whole[4:], b""):

@@ -365,7 +365,7 @@ def test_a_hub_name_is_fetched_and_a_failure_is_one_line(chat, monkeypatch):
     here = os.path.relpath(chat)  # "a/b", too, but there is such a folder
     assert get_encoding(here).vocabulary == get_encoding(chat).vocabulary
     answer = refused(get_encoding, "someone/other")
-    assert "someone/other: no such file, and not fetched from the hub (no network)" in answer
+    assert "someone/other is no directory" in answer and "not fetched: no network" in answer
 
 
 def test_the_fingerprint_tells_equal_sizes_apart(chat, ranks, tmp_path):
@@ -689,6 +689,94 @@ def test_without_a_prompt_all_but_the_first_token_is_learned():
     assert found.flags.tolist() == [2, 1, 1, 1]
 
 
+TOOL_TEMPLATE = """{%- if tools %}{{ '<|start|>tools\n' + tools | tojson + '\n' }}{% endif %}
+{%- for m in messages if m.role != 'system' %}
+    {{- '<|start|>' + m.role + '\n' + m.content }}
+    {%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}
+    {%- if m.role == 'tool' %}{{ ' by ' + m.name }}{% endif %}
+    {{- '<|end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant\n' }}{% endif %}"""
+CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": [1, 2]}}}
+TOOLS = [{"type": "function", "function": {"name": "sum", "description": "adds"}}]
+WITH_TOOLS = {
+    "id": 7,
+    "tools": TOOLS,
+    "documents": None,
+    "messages": [
+        message("system", "be good"),
+        message("user", [{"type": "text", "text": "how "}, {"type": "text", "text": "many"}]),
+        message("assistant", None) | {"tool_calls": [CALL]},
+        message("tool", "3") | {"name": "sum", "tool_call_id": "1"},
+        message("assistant", "3 films") | {"reasoning_content": "easy"},
+    ],
+}
+
+
+def with_template(chat, folder, template, **settings):
+    """The chat fixture's tokenizer with another template."""
+    (folder / "tokenizer.json").write_bytes(contents(f"{chat}/tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>"} | settings)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_tools_and_their_calls_reach_the_template(chat, tmp_path):
+    enc = get_encoding(with_template(chat, tmp_path, TOOL_TEMPLATE))
+    found = example(enc, WITH_TOOLS)
+    text = enc.decode(found.tokens.tolist())
+    assert text.startswith(f"<|start|>tools\n{json.dumps(TOOLS)}\n<|start|>user\nhow many<|end|>")
+    counted = enc.decode(found.tokens[found.flags & 1 > 0].tolist())
+    assert counted == f"{json.dumps([CALL])}<|end|>3 films<|end|>"
+    # as a text, in data sets whose columns have one type
+    as_text = WITH_TOOLS | {"tools": json.dumps(TOOLS)}
+    assert example(enc, as_text).tokens.tolist() == found.tokens.tolist()
+    for bad in (WITH_TOOLS | {"tools": "sum"}, WITH_TOOLS | {"tools": {"a": 1}}):
+        with pytest.raises(ValueError, match="tools are no list"):
+            example(enc, bad)
+    plain = get_encoding(chat)  # whose template does not write calls
+    silent = {"messages": WITH_TOOLS["messages"][1:3]}
+    with pytest.raises(ValueError, match="says nothing that the chat template writes"):
+        example(plain, silent)
+
+
+def test_with_tools_the_template_for_tools_is_taken(chat, tmp_path):
+    templates = [
+        {"name": "default", "template": TEMPLATE},
+        {"name": "tool_use", "template": TOOL_TEMPLATE},
+    ]
+    enc = get_encoding(with_template(chat, tmp_path, "", chat_template=templates))
+    theirs = transformers_tokenizer(str(tmp_path))
+    messages = [message("user", "a"), message("assistant", "b")]
+    for tools in (None, TOOLS):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert enc.render(messages, fields={"tools": tools}) == expected
+        assert ("tools" in expected) == (tools is not None)
+
+
+def test_what_the_template_does_not_use_is_said_once(chat, tmp_path, capsys):
+    folder = with_template(chat, tmp_path, TOOL_TEMPLATE)
+    write_lines(tmp_path / "x.jsonl", [WITH_TOOLS] * 3)
+    make(f"{tmp_path}/x.jsonl", f"{tmp_path}/out", folder, val_fraction=0)
+    said = capsys.readouterr().out.splitlines()
+    unused = [line.partition("not used: ")[2] for line in said if "not used" in line]
+    assert unused == [
+        f"{what} (3 of 3 records; the first: line 1)"
+        for what in (
+            "the field 'id'",
+            "the messages' field 'reasoning_content'",
+            "the messages' field 'tool_call_id'",
+            "the messages of the role 'system'",
+        )
+    ]
+    # where the template has no word for tools
+    record = {"tools": TOOLS, "messages": [message("user", "a"), message("assistant", "b")]}
+    write_lines(tmp_path / "y.jsonl", [record])
+    make(f"{tmp_path}/y.jsonl", f"{tmp_path}/y", chat, val_fraction=0)
+    assert "not used: the field 'tools' (1 of 1 records" in capsys.readouterr().out
+
+
 def test_a_template_that_rewrites_what_was_said_is_refused(chat, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes(contents(f"{chat}/{name}"))
@@ -703,13 +791,15 @@ def test_a_template_that_rewrites_what_was_said_is_refused(chat, tmp_path):
 BAD_RECORDS = [
     (b"not JSON", "not JSON"),
     (b"[1]", "not a JSON object"),
-    (b"\xff", "not JSON"),
+    (b"\xff", "not UTF-8"),
+    (b'{"prompt": NaN, "completion": "b"}', "NaN is no number in JSON"),
     (b'{"prompt": "a"}', "no field 'completion'"),
     (b'{"prompt": "a", "completion": " "}', "empty"),
     (b'{"prompt": "a", "completion": null}', "no field 'completion'"),
     (b'{"messages": "hi"}', "no list"),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
-    (b'{"messages": [{"role": "assistant", "content": ["a"]}]}', "not a text"),
+    (b'{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}', "but 'image'"),
+    (b'{"messages": [{"role": "assistant", "content": {"a": 1}}]}', "not a text"),
     (b'{"messages": []}', "no message"),
     (b'{"messages": [{"role": "assistant", "content": ""}]}', "says nothing"),
     (
@@ -724,11 +814,13 @@ def test_records_that_make_no_example_are_counted_by_file(chat, tmp_path, capsys
     for i, (line, why) in enumerate(BAD_RECORDS):
         path = tmp_path / f"{i}.jsonl"
         path.write_bytes(b"\n".join([good, b"", line, b'{"no": 1}', good]))
-        make(path, f"{tmp_path}/out", chat, val_fraction=0)
-        first, second = capsys.readouterr().out.splitlines()
-        start = f"{path}: 2 of 4 records left out, the first for this: line 3: "
-        assert first.startswith(start) and why in first
-        assert " 2 examples " in second
+        make(path, f"{tmp_path}/{i}", chat, val_fraction=0)
+        said = capsys.readouterr().out.splitlines()
+        left_out = [line for line in said if "left out" in line]
+        assert all(line.startswith(f"{path}: ") for line in left_out)
+        assert sum(int(line.split(": ")[1].split()[0]) for line in left_out) == 2
+        assert any(why in line and "(the first: line 3)" in line for line in left_out)
+        assert any(" 2 examples " in line for line in said)
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(line for line, _ in BAD_RECORDS))
     answer = refused(make, f"{tmp_path}/x.jsonl", f"{tmp_path}/x", chat)
     assert "no usable example" in answer
@@ -741,8 +833,8 @@ BAD_SETTINGS = [
     (dict(input="{}/roles.jsonl", encoding="chat"), "roles.jsonl, line 2: a message has no role"),
     (dict(input="{}/roles.jsonl"), "roles.jsonl, line 1: the encoding has no chat template"),
     (dict(input="{}/cut.json.gz"), "cut.json.gz: incomplete or damaged"),
-    (dict(input="{}/cut.json"), "cut.json: incomplete or damaged"),
-    (dict(input="{}/quote.csv"), "quote.csv: incomplete or damaged (line"),
+    (dict(input="{}/cut.json"), "cut.json: record 2: incomplete or damaged"),
+    (dict(input="{}/quote.csv"), "quote.csv: line 2: unexpected end of data"),
     (dict(val_fraction=0.01), "too few to split"),
     (dict(val_fraction=-1.0), "val_fraction must be between 0 and 1, not -1.0"),
     (dict(block_size=0), "block_size must be at least 1, not 0"),
@@ -795,9 +887,9 @@ def test_no_old_shard_stays_beside_one_split_alone(questions, tmp_path):
         args = f"{tmp_path}/q_a.jsonl", f"{tmp_path}/{split}"
         made = f"q-a_{split}_00000.bin"
         make(*args, val_fraction=fraction, **SETTINGS)
-        assert os.listdir(tmp_path / split) == [made]
+        assert sorted(os.listdir(tmp_path / split)) == [made, "shards.json"]
         answer = refused(make, *args, val_fraction=1 - fraction, **SETTINGS)
-        assert f"{made}: is of another split" in answer
+        assert f"{made}: was made of the same input, with another split" in answer
 
 
 TSV = '"a "quoted film\t1\nbad  one\t0\nno label\t-1\nshort\n'
@@ -857,8 +949,8 @@ def test_tables_lists_and_lines_become_examples(tmp_path, name, content, setting
     for path, opened in ((name, open), (name + ".gz", gzip.open)):
         with opened(tmp_path / path, "wt", encoding="utf-8", newline="") as f:
             f.write(content)
-        make(f"{tmp_path}/{path}", f"{tmp_path}/out", **settings)
-        rows = open_shard(tmp_path / "out/x_train_00000.bin").tokens.reshape(-1, 64)
+        make(f"{tmp_path}/{path}", f"{tmp_path}/of {path}", **settings)
+        rows = open_shard(tmp_path / f"of {path}/x_train_00000.bin").tokens.reshape(-1, 64)
         texts = [bytes(row[row < 256].tolist()).decode() for row in rows]
         assert sorted(texts) == sorted(expected)
 
@@ -867,7 +959,8 @@ def test_several_files_make_one_data_set(tmp_path):
     for name, text in (("a", "one"), ("b", "two")):
         write_lines(tmp_path / f"{name}.jsonl", [{"prompt": text, "completion": "x"}])
     make(f"{tmp_path}/?.jsonl", f"{tmp_path}/my_out/", block_size=15, val_fraction=0)
-    assert os.listdir(tmp_path / "my_out") == ["my-out_train_00000.bin"]
+    names = sorted(os.listdir(tmp_path / "my_out"))
+    assert names == ["my-out_train_00000.bin", "shards.json"]
     found = examples_in(f"{tmp_path}/my_out/*.bin", get_encoding("bytes"), 15)
     assert sorted(found) == [
         ("onex<|endoftext|>", "x<|endoftext|>"),

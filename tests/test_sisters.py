@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 import methods.apollo
+from configurator import configure
 from finetune import hf, welore
 from finetune.adapters import LoRA, LowRank
 from methods.fira import limit_growth_
@@ -731,12 +732,16 @@ def test_what_welore_made_trains_factors_resumes_and_exports(pretrained, shards,
         one_line_error(run(*args, f"--init_from={tmp_path}/low", "--max_iters=1"), word)
 
 
-def test_welore_refuses_what_it_cannot_compress(pretrained, tmp_path, monkeypatch):
+def test_welore_refuses_what_it_cannot_compress(pretrained, tmp_path):
     welore.compress(pretrained, str(tmp_path / "low"))
     for flags, word in (([f"--model={tmp_path}/low", f"--out={tmp_path}/lower"], "before"),
                         ([f"--model={pretrained}", f"--out={tmp_path}/low"], "exists"),
                         ([f"--model={pretrained}"], "--out="),
-                        ([f"--model={pretrained}", f"--out={tmp_path}/x", "--keep=0"], "keep")):
-        monkeypatch.setattr("sys.argv", ["finetune.welore", *flags])
+                        ([f"--model={pretrained}", f"--out={tmp_path}/x", "--keep=0"], "keep"),
+                        ([f"--model={pretrained}", f"--out={tmp_path}/x", "--keep=1"], "whole"),
+                        ([f"--model={pretrained}", f"--out={tmp_path}/x", "--least=0"], "whole"),
+                        ([f"--model={tmp_path}/no", f"--out={tmp_path}/x"], "neither"),
+                        ([f"--model={pretrained}", f"--out={tmp_path}/x", "--device=foo"], "foo")):
         with pytest.raises(SystemExit, match=f"^error: .*{word}"):
-            welore.main()
+            welore.main(configure(welore, argv=flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["low"]
