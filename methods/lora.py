@@ -15,6 +15,8 @@ PRUNED = 0.99  # of an adapter's moments, at a restart of ReLoRA
 
 
 class Adapters(Method):
+    fragments = 1.75
+
     def trains_embedding(self, s):
         return not s.freeze_embedding and not s.pretrained
 
@@ -33,6 +35,8 @@ def put_adapters(model, s, device):
 
 class ReLoRA(Method):
     """Adapters that every proj_gap steps are merged and start anew, with a warm-up each."""
+
+    fragments = 1.75
 
     def adapt(self, model, s, device, dtype):
         put_adapters(model, s, device)

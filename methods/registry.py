@@ -36,6 +36,7 @@ class Method:
 
     linear = QLinear  # of the blocks' matrices
     in_weights = ()  # settings that are a part of the weights: a resume cannot change them
+    fragments = 0.75  # bytes lost in the heap for each of activations, on a CPU (docs/memory.md)
 
     def __init__(self, name, about, weight_bits=(8, 16), reads=(), fixes=None):
         self.name = name
@@ -115,9 +116,7 @@ class Method:
         """The model. dtype: of weights that are not quantised.
 
         fill: fills a model that is built on "meta", fill(model, device=, dtype=)."""
-        # the shape
-        known = {field.name for field in fields(LLaMAConfig)}
-        config = LLaMAConfig(**{k: v for k, v in s.as_dict().items() if k in known})
+        config = shape(s)
         # its matrices
         linear = self.linear
         if linear is QLinear:
@@ -189,6 +188,12 @@ class InBackward(Method):
             ranks=ranks,
             **chosen,
         )
+
+
+def shape(s):
+    """The LLaMAConfig of settings. Raises ValueError for sizes that do not fit each other."""
+    known = {field.name for field in fields(LLaMAConfig)}
+    return LLaMAConfig(**{k: v for k, v in s.as_dict().items() if k in known})
 
 
 def register(name, about, weight_bits=(8, 16), reads=SUBSPACE, fixes=None, kind=InBackward):

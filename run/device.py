@@ -105,14 +105,14 @@ def peak_flops(kind):
 
 def memory_free(kind):
     """Bytes free on "cuda" or "cpu"; None where the system does not tell."""
-    if kind == "cuda":
+    if torch.device(kind).type == "cuda":  # "cuda:0", too
         return torch.cuda.mem_get_info()[0]
     return free_memory()
 
 
 def memory_peak(kind):
     """Peak GiB so far: allocated by torch on "cuda", resident on "cpu"; 0.0 if it is not known."""
-    if kind == "cuda":
+    if torch.device(kind).type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     try:
         import resource
@@ -122,13 +122,17 @@ def memory_peak(kind):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def block_weights(c):
+    """How many weights the matrices of a block of LLaMAConfig c have."""
+    attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim
+    return attention + 3 * c.n_embd * c.ffn_dim
+
+
 def flops_per_token(c):
     """Of forward and backward of LLaMAConfig c: 6 N + 12 L d T (PaLM, appendix B).
 
     N is the number of weights without the embedding."""
-    attention = 2 * c.n_embd * (c.n_head + c.n_kv_head) * c.head_dim
-    block = attention + 3 * c.n_embd * c.ffn_dim
-    n = c.n_layer * block + c.n_embd * c.vocab_size
+    n = c.n_layer * block_weights(c) + c.n_embd * c.vocab_size
     return 6 * n + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
 

@@ -48,16 +48,16 @@ from model import LLaMA, LLaMAConfig, QLinear
 from prepare_c4 import check_made_of, prepare
 from qgalore import Projection, QGaLore
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-from run import data, folder as run_folder, manifest, records
+from run import data, folder as run_folder, manifest, memory, records
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, starting_model
 from run.data import Windows, open_windows
 from run.device import choose_threads
 from run.encodings import fingerprint, get_encoding
 from run.finite import first_not_finite
 from run.folder import Folder
-from run.limits import OF_MODEL, OF_OPTIMIZER
 from run.machine import free_memory, usable_cores
 from run.manifest import Manifest
+from run.ranges import OF_MODEL, OF_OPTIMIZER
 from run.ranks import Ranks
 from run.records import open_source
 from run.shards import open_shard, part_of, shard_paths, write_shard
@@ -2509,6 +2509,42 @@ def test_a_limit_of_the_process_is_seen(tmp_path, monkeypatch):
     assert free_memory(root) == 10**9 - 1000 * page
     limits[resource.RLIMIT_DATA] = 10**7
     assert free_memory(root) == 10**7 - 500 * page
+
+
+ONE_RANK = SimpleNamespace(size=1)
+
+
+@pytest.mark.parametrize("sizes,word", [
+    ({"n_layer": 10**4, "n_embd": 2**17, "n_head": 2**10, "ffn_dim": 2**20}, "weights"),
+    ({"batch_size": 10**15}, "batch_size"),
+    ({"block_size": 2**24, "batch_size": 10**9}, "block_size"),
+])
+def test_sizes_beyond_any_machine_are_refused_at_once(sizes, word, monkeypatch, capsys):
+    """By arithmetic: a plan of them would never end. A dry run says what it knows."""
+    monkeypatch.setattr(memory, "memory_plan", None)
+    s = settings("--device=cpu").changed(**sizes)
+    assert word in refused(memory.fits, s, ONE_RANK, torch.float32, torch.float32)
+    memory.fits(s.changed(dry_run=True), ONE_RANK, torch.float32, torch.float32)
+    assert "NOT enough" in capsys.readouterr().out
+
+
+def test_the_least_a_run_takes_is_less_than_its_plan():
+    for flags in ("--method=qgalore", "--method=adamw", "--method=lora", "--tie_embedding=True"):
+        s = settings("--device=cpu", "--n_layer=2", "--vocab_size=512", *flags.split())
+        least = memory.least(s, torch.float32, torch.float32)
+        plan = memory.memory_plan(s, torch.float32, torch.float32)
+        assert 0.3 * plan["weights"] < least["weights"] <= plan["weights"]
+        assert least["gradients, activations"] < plan["gradients, activations"]
+
+
+@pytest.mark.parametrize("length,share", [(128, 1.0), (8192, 0.0)])
+def test_fragments_are_of_blocks_that_the_heap_keeps(length, share):
+    s = settings("--n_layer=1", "--n_embd=1024", "--n_head=16", "--ffn_dim=1024", "--batch_size=1",
+                 "--vocab_size=64", "--rank=8", f"--block_size={length}", "--proj_side=right")
+    plan = memory.memory_plan(s, torch.float32, torch.float32, fragments=0.75)
+    kept = (plan["fragments, workspaces"] - memory.WORKSPACES) / 0.75
+    assert kept == pytest.approx(share * plan["gradients, activations"], rel=0.01,
+                                 abs=0.1 * plan["gradients, activations"])
 
 # -----------------------------------------------------------------------------
 # what people type
