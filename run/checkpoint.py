@@ -77,6 +77,8 @@ def make_room(path, older):
             os.replace(path, older[0])
         else:
             os.replace(second.name, older[0])
+            with contextlib.suppress(FileNotFoundError):  # two names of one file are left alone
+                os.unlink(second.name)
 
 
 def whole_state(model, optimizer):
