@@ -5,187 +5,455 @@ Draw runs from their log.jsonl:
 
 loss.png is the loss by tokens. subspaces.png shows which layers' subspaces converge early. Several
 runs are drawn as loss by tokens and by time, and as peak memory.
+
+A log is read line by line into a summary of bounded size: runs may have millions of steps.
 """
 
+import errno
 import glob
 import json
 import math
 import os
 import sys
+import warnings
 
 from configurator import configure
 
 out_dir = "out"  # one, or several: a pattern, or names with commas between them
 image = "runs.png"  # of several
 
+if __name__ == "__main__":
+    s = configure(sys.modules[__name__], ignore_unknown=True)
+
+import numpy as np
+
+from run.files import check_file, replacing
+
+POINTS = 1000  # that a curve has at least, of a longer log
+COLUMNS = 1024  # that a row of subspaces.png has at most
+NAMED = 40  # rows with a name each; more are named by kind
+COLOURS = [f"C{i}" for i in range(10)]  # matplotlib's
+FORMATS = [".png", ".svg", ".pdf", ".jpg"]
+STYLES = ["-", "--", ":", "-."]
+
+
+# -----------------------------------------------------------------------------
+# reading
+
 
 def read_log(path):
-    """The objects of log.jsonl, up to a line that a power cut tore."""
-    entries = []
-    with open(path) as f:
+    """The entries of log.jsonl, one after the other, up to a line that a power cut tore.
+
+    Each has "iter", and of the rest what is as Log.write() writes it: finite numbers, and
+    "subspaces" {weight: [[step, similarity, gap], ...]}. Raises OSError."""
+    check_file(path)
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
-                entries.append(json.loads(line))
-            except ValueError:  # the line before it was whole, and is the last that counts
-                break
-    return entries
+                entry = json.loads(line)  # older logs have NaN
+            except (ValueError, RecursionError):
+                return  # the line before it was whole, and is the last that counts
+            if isinstance(entry, dict) and _is_number(entry.get("iter")):
+                known = {key: value for key, value in entry.items() if _is_number(value)}
+                known["subspaces"] = _refreshes(entry.get("subspaces"))
+                yield known
 
 
-def hours_at(log):
-    """[(tokens, hours)] of a log, in hours of training steps.
-
-    What interruptions and evaluations took does not count."""
-    points = [(0, 0.0)]
-    for entry in log:
-        if "tokens_per_s" in entry:  # a line of training, not of an evaluation
-            tokens, hours = points[-1]
-            hours += (entry["tokens"] - tokens) / entry["tokens_per_s"] / 3600
-            points.append((entry["tokens"], hours))
-    return points
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e18  # NaN is not
 
 
-def subspaces(log):
-    """What a log says of weights' subspaces: (names of weights, similarity, gap).
-
-    names: by kind and depth. similarity, gap: their values after each step, a list a weight; NaN
-    before the first refresh that has them."""
-    refreshes = {}  # {weight: [[step, similarity, gap], ...]}
-    for entry in log:
-        for name, found in entry.get("subspaces", {}).items():
-            refreshes.setdefault(name, []).extend(found)
-    names = sorted(refreshes, key=_kind_and_depth)
-    steps = 1 + max(entry["iter"] for entry in log)  # as far as the log goes
-
-    similarities = []  # (weights, steps)
-    gaps = []  # (weights, steps)
-    for name in names:
-        similarity = [math.nan] * steps
-        gap = [math.nan] * steps
-        for step, found, left in refreshes[name]:
-            # until the next refresh, which overwrites them
-            similarity[step:] = [found] * (steps - step)
-            gap[step:] = [left] * (steps - step)
-        similarities.append(similarity)
-        gaps.append(gap)
-    return names, similarities, gaps
+def _refreshes(found):
+    """{weight: [(step, similarity, gap), ...]} of what should be such."""
+    known = {}
+    for name, refreshes in found.items() if isinstance(found, dict) else ():
+        known[name] = [
+            refresh
+            for refresh in (refreshes if isinstance(refreshes, list) else ())
+            if isinstance(refresh, list) and len(refresh) == 3 and all(map(_is_number, refresh))
+            and refresh[0] >= 0 and refresh[2] > 0
+        ]
+    return known
 
 
-def _kind_and_depth(name):
-    """What weights are sorted by: blocks.7.attn.q_proj is an attn.q_proj, the one of block 7."""
+class Curve:
+    """Points in their order. Of many, means of as many neighbours each are kept, and their range.
+
+    points: [(x of the last, mean, lowest, highest)], between POINTS and 2 * POINTS of a long log."""
+
+    def __init__(self):
+        self.points = []
+        self.width = 1  # neighbours in a point
+        self.open = []  # those of the next point
+
+    def add(self, x, y):
+        self.open.append((x, y, y, y))
+        if len(self.open) == self.width:
+            self.points.append(_merged(self.open))
+            self.open = []
+        if len(self.points) == 2 * POINTS:
+            pairs = zip(self.points[::2], self.points[1::2])
+            self.points = [_merged(pair) for pair in pairs]
+            self.width *= 2
+
+    def columns(self):
+        """x, mean, lowest, highest, an array each."""
+        points = self.points + ([_merged(self.open)] if self.open else [])
+        return np.array(points, dtype=float).reshape(-1, 4).T
+
+
+def _merged(points):
+    x, means, lows, highs = zip(*points)
+    return x[-1], sum(means) / len(means), min(lows), max(highs)
+
+
+class SubspaceMap:
+    """Similarity and gap of each weight over the steps, in at most COLUMNS columns."""
+
+    def __init__(self):
+        self.steps = 0  # as far as the log goes
+        self.width = 1  # steps in a column
+        self.rows = {}  # {weight: (2, COLUMNS): similarity and gap of its last refresh in each}
+
+    def add(self, entry):
+        self._reach(int(entry["iter"]))
+        for name, refreshes in entry["subspaces"].items():
+            if name not in self.rows and refreshes:
+                self.rows[name] = np.full((2, COLUMNS), np.nan, dtype=np.float32)
+            for step, similarity, gap in refreshes:
+                self._reach(int(step))
+                self.rows[name][:, int(step) // self.width] = similarity, gap
+
+    def _reach(self, step):
+        """Make room for a step: columns become twice as wide until it has one."""
+        self.steps = max(self.steps, step + 1)
+        while step >= COLUMNS * self.width:
+            self.width *= 2
+            for row in self.rows.values():
+                earlier, later = row[:, ::2], row[:, 1::2]
+                row[:, : COLUMNS // 2] = np.where(np.isnan(later), earlier, later)
+                row[:, COLUMNS // 2 :] = np.nan
+
+    def values(self):
+        """(names of weights, by kind and depth; similarity, gap: (weights, columns) each).
+
+        A value holds until the next refresh; NaN before the first one."""
+        names = sorted(self.rows, key=kind_and_depth)
+        values = np.stack([self.rows[name] for name in names], axis=1)  # (2, weights, COLUMNS)
+        values = values[:, :, : -(-self.steps // self.width)]
+        place = np.where(np.isnan(values), 0, np.arange(values.shape[2]))
+        place = np.maximum.accumulate(place, axis=2)  # of the last refresh until then
+        similarity, gap = np.take_along_axis(values, place, axis=2)
+        return names, similarity, gap
+
+
+def kind_and_depth(name):
+    """(kind, block) of a weight: blocks.7.attn.q_proj is an attn.q_proj, the one of block 7."""
     parts = name.split(".")
-    kind = [part for part in parts if not part.isdigit()]
-    depth = [int(part) for part in parts if part.isdigit()]
-    return kind, depth
+    depth = [int(part) for part in parts if part.isdecimal()]
+    kind = [part for part in parts if not part.isdecimal()]
+    if depth and kind[:1] == ["blocks"]:
+        kind = kind[1:]
+    return ".".join(kind), depth
 
 
-def pyplot():
-    """matplotlib.pyplot, which takes a second to import, for files and not for a screen."""
+class Summary:
+    """What a run's folder tells by its log. Raises ValueError if that has no step, or OSError."""
+
+    def __init__(self, folder):
+        self.name = os.path.basename(os.path.abspath(folder))
+        self.training = Curve()  # loss by tokens
+        self.validation = Curve()
+        self.by_hours = Curve()  # validation loss by hours of training
+        self.subspaces = SubspaceMap()
+        self.peak = 0.0  # GiB
+        self.hours = 0.0  # of training steps: what interruptions and evaluations took does not count
+        path = os.path.join(folder, "log.jsonl")
+        self.tokens = 0  # of the last line of training
+        for entry in read_log(path):
+            self._add(entry)
+        if not self.training.columns().size and not self.validation.columns().size:
+            raise ValueError(f"{path}: holds no loss yet")
+
+    def _add(self, entry):
+        self.subspaces.add(entry)
+        tokens = entry.get("tokens", self.tokens)
+        if entry.get("tokens_per_s", 0) > 0:  # a line of training, not of an evaluation
+            self.hours += max(0, tokens - self.tokens) / entry["tokens_per_s"] / 3600
+            self.tokens = tokens
+        self.peak = max(self.peak, entry.get("peak_memory_gb", 0.0))
+        if "loss" in entry:
+            self.training.add(tokens, entry["loss"])
+        if "val_loss" in entry:
+            self.validation.add(tokens, entry["val_loss"])
+            # an evaluation is as late as the last line of training before it
+            self.by_hours.add(self.hours, entry["val_loss"])
+
+
+# -----------------------------------------------------------------------------
+# drawing
+
+
+def new_figure(width, height):
+    """An empty figure, sizes in inches, for a file and not for a screen.
+
+    matplotlib takes a second to import. A user's own settings of it count for nothing here."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
+    matplotlib.rcdefaults()
+    return Figure(figsize=(width, height), layout="constrained")
 
-    return matplotlib.pyplot
+
+def save(figure, path):
+    """Write a figure in the format that the path's ending names, whole or not at all.
+
+    Raises OSError, or ValueError for a format that there is not."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in FORMATS:
+        raise ValueError(f"{path}: a picture's name ends in {', '.join(FORMATS)}")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to draw to", folder)
+    with replacing(path) as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks become boxes
+        figure.savefig(f, format=ending[1:], dpi=120)
+
+
+def plain(text, most=60):
+    """A name or path as matplotlib shows it unchanged: $ begins no formula; long ones lose their
+    middle."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    if len(text) > most:
+        text = text[: most // 2] + "..." + text[-most // 2 :]
+    return text.replace("$", r"\$")
+
+
+def short(number, _place=None):
+    """1500000 as 1.5M."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def show_settled(axes, curves):
+    """Choose the axis of losses by what comes after the first tenth: the fall before it is cut off.
+
+    Above the picture it says so. Curves with few points, or that hardly fall, are shown whole."""
+    settled, last, all_of_them = [], [], []
+    for curve in curves:
+        x, mean, _, _ = curve.columns()
+        if len(x):
+            settled.extend(mean[x > x[0] + (x[-1] - x[0]) / 10])
+            last.append(mean[-1])
+            all_of_them.extend(mean)
+    if len(settled) < 4:
+        return
+    # a few spikes are no reason to squeeze the rest; where it ends is always seen
+    high = max(np.quantile(settled, 0.9), *last)
+    low = min(settled)
+    first = max(all_of_them)
+    margin = 0.08 * (high - low) or 0.1
+    if first - low > 1.5 * (high - low + margin):
+        axes.set_ylim(low - margin, high + margin)
+        words = f"the fall from {first:.2f} is beyond the picture"
+        axes.set_title(words, loc="left", fontsize=8, color="gray")
 
 
 def plot_loss(out_dir):
-    """Draw a run's loss.png; and subspaces.png, where its log has subspaces."""
-    log = read_log(os.path.join(out_dir, "log.jsonl"))
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")  # inches
-    # the loss of single steps is noisy: a pale line; evaluations are few: dots
-    styles = {"loss": {"lw": 1, "alpha": 0.5}, "val_loss": {"marker": "o", "ms": 3}}
-    for key, style in styles.items():
-        entries = [entry for entry in log if key in entry]
-        tokens = [entry["tokens"] for entry in entries]
-        losses = [entry[key] for entry in entries]
-        axes.plot(tokens, losses, label=key, **style)
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=out_dir)
+    """Draw a run's loss.png; and subspaces.png, where its log has subspaces. Returns their paths.
+
+    Raises OSError, or ValueError if the log has no loss."""
+    run = Summary(out_dir)
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    x, mean, low, high = run.training.columns()
+    if len(x):
+        dot = "o" if len(x) == 1 else ""  # a line of one point is none
+        axes.plot(x, mean, lw=1, marker=dot, alpha=0.6, label="training: single steps, as logged")
+    if run.training.width > 1:
+        axes.lines[0].set_label(f"training: means of {run.training.width} logged steps")
+        axes.fill_between(x, low, high, alpha=0.15, lw=0, label="their range")
+    x_val, validation, _, _ = run.validation.columns()
+    if len(x_val):
+        axes.plot(x_val, validation, "C1", marker=marker_of(x_val), ms=3, label="validation")
+    show_settled(axes, [run.training, run.validation])
+    if len(x_val):
+        at_end = f"validation loss {validation[-1]:.3f} after {short(x_val[-1])} tokens"
+    else:
+        at_end = f"training loss {mean[-1]:.3f} after {short(x[-1])} tokens"
+    figure.suptitle(f"{plain(run.name)}: {at_end}")
+    axes.set(xlabel="tokens", ylabel="loss, nats a token")
+    axes.xaxis.set_major_formatter(short)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(os.path.join(out_dir, "loss.png"), dpi=120)
-    plt.close(figure)  # else pyplot keeps it
-    if any("subspaces" in entry for entry in log):
-        plot_subspaces(log, os.path.join(out_dir, "subspaces.png"))
+    axes.legend(loc="upper right")
+    drawn = [os.path.join(out_dir, "loss.png")]
+    save(figure, drawn[0])
+    if run.subspaces.rows:
+        drawn.append(os.path.join(out_dir, "subspaces.png"))
+        plot_subspaces(run, drawn[1])
+    return drawn
 
 
-def plot_subspaces(log, path):
+def marker_of(x):
+    """Few points are dots on their line."""
+    return "o" if len(x) <= 60 else ""
+
+
+def plot_subspaces(run, path):
     """Draw the similarity that each refresh found and the gap that it left: a row a weight."""
-    plt = pyplot()
-    names, similarity, gap = subspaces(log)
-    size = (9, 2 + 0.3 * len(names))  # inches: rows stay legible, however many there are
-    figure, (above, below) = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
+    names, similarity, gap = run.subspaces.values()
+    rows = max(12, len(names)) if len(names) <= NAMED else 28  # those of many are thin
+    height = 0.16 * rows  # inches, of a panel
+    figure = new_figure(10, 1.6 + 2 * height)
+    above, below = figure.subplots(2, 1, sharex=True)
+    figure.suptitle(f"{plain(run.name)}: the subspaces that gradients are projected to")
+    above.set_title("New subspace against the one before it, at each refresh\n"
+                    "(high: the layer's subspace has settled, and may be refreshed less often)",
+                    fontsize=9)
+    below.set_title("Steps from a refresh to the next: the gap, which doubles while similarity "
+                    "stays high", fontsize=9)
 
-    # a gap doubles five times at most: that is the range of its colours
-    shortest = min(value for row in gap for value in row if not math.isnan(value))
-    gap_colours = {"norm": "log", "vmin": shortest, "vmax": 32 * shortest}
+    # colours of gaps: the first gap, and its doubles
+    shortest, longest = np.nanmin(gap), np.nanmax(gap)
+    doubles = math.ceil(math.log2(longest / shortest) - 1e-6)
+    ticks = [shortest * 2**i for i in range(doubles + 1)]
+    most = 1.001 * max(ticks[-1], 2 * shortest)  # a tick at the very end is not drawn
+    gap_colours = {"norm": "log", "vmin": shortest, "vmax": most}
     panels = (  # (axes, values, their name, their colours)
-        (above, similarity, "similarity", {"vmin": 0, "vmax": 1}),
+        (above, similarity, "similarity, 1: the same", {"vmin": 0, "vmax": 1}),
         (below, gap, "gap, steps", gap_colours),
     )
     for axes, values, label, colours in panels:
-        picture = axes.imshow(
-            values, aspect="auto", interpolation="nearest", cmap="viridis", **colours
-        )
-        axes.set_yticks(range(len(names)), names, fontsize=6)
-        figure.colorbar(picture, ax=axes, label=label)
+        extent = (0, values.shape[1] * run.subspaces.width, len(names), 0)
+        picture = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis",
+                              extent=extent, **colours)
+        name_rows(axes, names)
+        bar = figure.colorbar(picture, ax=axes, label=label)
+        axes.xaxis.set_major_formatter(short)
+    bar.set_ticks(ticks, labels=[short(tick) for tick in ticks])
+    bar.minorticks_off()
     below.set_xlabel("step")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
+
+
+def name_rows(axes, names):
+    """Name each row of a picture, or if they are many each kind of weight, with lines between."""
+    weights = [kind_and_depth(name) for name in names]
+    if len(names) <= NAMED:
+        labels = [plain(f"{kind} {'.'.join(map(str, depth))}") for kind, depth in weights]
+        axes.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=7)
+        return
+    starts = [i for i in range(len(weights)) if i == 0 or weights[i][0] != weights[i - 1][0]]
+    ends = [*starts[1:], len(weights)]
+    places, labels = [], []
+    for start, end in zip(starts, ends):
+        axes.axhline(start, color="white", lw=0.8)
+        places.append((start + end) / 2)
+        first, last = weights[start][1], weights[end - 1][1]
+        blocks = f"\nblocks {first[0]} to {last[0]}, downwards" if first and last else ""
+        labels.append(plain(weights[start][0]) + blocks)
+    step = -(-len(places) // NAMED)  # of very many kinds some
+    axes.set_yticks(places[::step], labels[::step], fontsize=7)
 
 
 def plot_runs(out_dirs, path):
     """Draw several runs as one image.
 
-    Validation loss by tokens, and by hours of training; peak memory as bars."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    by_tokens, by_time, memory = panels
-    names = [os.path.basename(os.path.normpath(folder)) for folder in out_dirs]
-    for place, folder in enumerate(out_dirs):
-        log = read_log(os.path.join(folder, "log.jsonl"))
-
-        # validation loss by tokens
-        evaluations = [entry for entry in log if "val_loss" in entry]
-        tokens = [entry["tokens"] for entry in evaluations]
-        losses = [entry["val_loss"] for entry in evaluations]
-        by_tokens.plot(tokens, losses, marker="o", ms=3, label=names[place])
-
-        # validation loss by time: an evaluation is as late as the last line of training before it
-        times = hours_at(log)
-        hours = [max(hour for seen, hour in times if seen <= count) for count in tokens]
-        by_time.plot(hours, losses, marker="o", ms=3)
-
-        # memory: the highest peak that was logged
-        peaks = [entry["peak_memory_gb"] for entry in log if "peak_memory_gb" in entry]
-        memory.barh(place, max(peaks, default=0))
+    Validation loss by tokens, and by time of training; peak memory as bars."""
+    runs = [Summary(folder) for folder in out_dirs]
+    names = [plain(name, 36) for name in distinct_names(out_dirs)]
+    columns = min(4, len(runs))  # of the legend
+    below = 0.25 * -(-len(runs) // columns)
+    figure = new_figure(15, 4.5 + below + 0.15 * max(0, len(runs) - 12))
+    by_tokens, by_time, memory = figure.subplots(1, 3)
+    unit, hours = unit_of_time(max(run.hours for run in runs))
+    for place, (run, name) in enumerate(zip(runs, names)):
+        look = {"color": COLOURS[place % len(COLOURS)],
+                "ls": STYLES[place // len(COLOURS) % len(STYLES)]}
+        x, losses, _, _ = run.validation.columns()
+        if not len(x):
+            name += " (no evaluation yet)"
+        by_tokens.plot(x, losses, marker=marker_of(x), ms=3, label=name, **look)
+        time, losses, _, _ = run.by_hours.columns()
+        by_time.plot(time / hours, losses, marker=marker_of(time), ms=3, **look)
+        bar = memory.barh(place, run.peak, color=look["color"])
+        memory.bar_label(bar, [f"{run.peak:.2f}" if run.peak else "not known"], padding=3)
     by_tokens.set(xlabel="tokens", ylabel="validation loss, nats a token")
-    by_time.set(xlabel="hours of training")
-    memory.set(xlabel="peak memory, GiB")
-    memory.set_yticks(range(len(names)), names)
-    memory.invert_yaxis()  # the first run on top
-    by_tokens.legend(fontsize=7)
-    for axes in (by_tokens, by_time):
+    by_tokens.xaxis.set_major_formatter(short)
+    by_time.set(xlabel=f"{unit} of training", ylabel="validation loss, nats a token")
+    for axes, curves in ((by_tokens, [run.validation for run in runs]),
+                         (by_time, [run.by_hours for run in runs])):
+        show_settled(axes, curves)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    memory.set(xlabel="peak memory, GiB")
+    memory.set_yticks(range(len(names)), names, fontsize=7)
+    memory.margins(x=0.2)  # room for the figures
+    memory.invert_yaxis()  # the first run on top
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
+    save(figure, path)
 
 
-def main():
-    s = configure(sys.modules[__name__], ignore_unknown=True)
+def unit_of_time(hours):
+    """(unit, its hours) that a time is told in."""
+    if hours < 2:
+        return "minutes", 1 / 60
+    if hours > 72:
+        return "days", 24
+    return "hours", 1
+
+
+def distinct_names(folders):
+    """A name for each folder: its last part, or if others share that as much as tells them apart."""
+    paths = [os.path.abspath(folder) for folder in folders]
+    names = [os.path.basename(path) for path in paths]
+    if len(set(names)) == len(set(paths)):
+        return names
+    above = os.path.commonpath(paths)
+    return [os.path.relpath(path, above) for path in paths]
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+
+def folders_of(names):
+    """The folders of runs that a setting names. Raises ValueError, or OSError, if there is none."""
     folders = []
-    for part in s.out_dir.split(","):
-        # a name that is no pattern stays, so that the error names it
-        folders.extend(sorted(glob.glob(part)) or [part])
+    for part in [names] if os.path.isdir(names) else names.split(","):
+        part = os.path.expanduser(part.strip())
+        if os.path.exists(part) or not glob.has_magic(part):
+            folders.append(part)
+            continue
+        found = sorted(glob.glob(part))
+        runs = [folder for folder in found if os.path.exists(os.path.join(folder, "log.jsonl"))]
+        if not runs:
+            raise ValueError(f"{part}: no folder of this pattern holds a log.jsonl")
+        folders.extend(runs)
+    for folder in folders:
+        if not os.path.isdir(folder):
+            found = "is a file" if os.path.exists(folder) else "does not exist"
+            raise ValueError(f"{folder}: {found}; out_dir names the folder of a run")
+        if not os.path.exists(os.path.join(folder, "log.jsonl")):
+            raise ValueError(f"{folder}: holds no log.jsonl, as the folder of a run does")
+    return list({os.path.abspath(folder): folder for folder in folders}.values())
+
+
+def main(s):
     try:
-        if len(folders) == 1:
-            plot_loss(folders[0])
-        else:
-            plot_runs(folders, s.image)
+        folders = folders_of(s.out_dir)
+        if len(folders) > 1 or "image" in s.given:
+            plot_runs(folders, os.path.expanduser(s.image))
             print(s.image)
+        else:
+            print("\n".join(plot_loss(folders[0])))
     except OSError as e:
         raise SystemExit(f"error: {e.filename}: {e.strerror}")
+    except (ValueError, ImportError) as e:
+        raise SystemExit(f"error: {e}")
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

@@ -48,7 +48,7 @@ from model import LLaMA, LLaMAConfig, QLinear
 from prepare_c4 import check_made_of, prepare
 from qgalore import Projection, QGaLore
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-from run import data, folder as run_folder, manifest, memory, records
+from run import data, folder as run_folder, manifest, memory, plot, records
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, starting_model
 from run.data import Windows, open_windows
 from run.device import choose_threads
@@ -2545,6 +2545,156 @@ def test_fragments_are_of_blocks_that_the_heap_keeps(length, share):
     kept = (plan["fragments, workspaces"] - memory.WORKSPACES) / 0.75
     assert kept == pytest.approx(share * plan["gradients, activations"], rel=0.01,
                                  abs=0.1 * plan["gradients, activations"])
+
+
+def run_folder_with(folder, *lines):
+    """A run's folder with these lines, or entries, in its log."""
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/log.jsonl", "w") as f:
+        for line in lines:
+            f.write(line if isinstance(line, str) else json.dumps(line) + "\n")
+    return str(folder)
+
+
+def logged(steps, every=1):
+    """Entries of a log that fall from 10 to 2."""
+    entries = []
+    for step in range(0, steps, every):
+        loss = 2 + 8 * math.exp(-50 * step / steps)
+        entries.append({"iter": step, "loss": loss, "tokens": 8 * (step + 1), "tokens_per_s": 2.0})
+        if step % (10 * every) == 0:
+            entries.append({"iter": step, "val_loss": loss, "tokens": 8 * step})
+    return entries
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """{name of the file: figure} of what is drawn, which is not written."""
+    drawn = {}
+    write = plot.save
+
+    def save(figure, path):
+        drawn[os.path.basename(path)] = figure
+        write(figure, path)
+
+    monkeypatch.setattr(plot, "save", save)
+    return drawn
+
+
+def test_a_long_log_is_drawn_from_a_bounded_summary():
+    curve, subspaces = plot.Curve(), plot.SubspaceMap()
+    for step in range(100_000):
+        curve.add(step, step % 2)
+        found = {"blocks.0.q": [(step, 0.5, 2)]} if step % 2 else {}
+        subspaces.add({"iter": step, "subspaces": found})
+    assert len(curve.points) < 2 * plot.POINTS
+    x, mean, low, high = curve.columns()
+    assert list(x) == sorted(x) and x[-1] == 99_999
+    assert set(mean) == {0.5} and set(low) == {0} and set(high) == {1}
+    names, similarity, gap = subspaces.values()
+    assert similarity.shape == gap.shape == (1, -(-100_000 // subspaces.width))
+    assert similarity.shape[1] <= plot.COLUMNS and set(similarity[0]) == {0.5}
+
+
+def test_wide_columns_keep_each_last_refresh_and_its_place():
+    whole, wide = plot.SubspaceMap(), plot.SubspaceMap()
+    refreshes = [(step, step / 1000, 1 + step) for step in (3, 4, 90, 500, 777)]
+    whole.add({"iter": 1000, "subspaces": {"w": refreshes}})
+    wide.add({"iter": 1000, "subspaces": {"w": refreshes}})
+    wide.add({"iter": 7000, "subspaces": {}})
+    assert whole.width == 1 and wide.width == 8
+    fine, coarse = whole.values()[1][0], wide.values()[1][0]
+    np.testing.assert_array_equal(coarse[:125], fine[7:1000:8])  # as each column ends
+
+
+def test_pictures_speak_in_words_and_show_what_matters(tmp_path, pictures):
+    folder = run_folder_with(tmp_path / "out-$x_{1$", *logged(1000))
+    plot.plot_loss(folder)
+    figure = pictures["loss.png"]
+    axes = figure.axes[0]
+    assert axes.get_ylim()[1] < 4 and axes.get_ylim()[0] < 2  # the fall from 10 is cut off
+    assert "10.00" in axes.get_title(loc="left")
+    words = [text.get_text() for text in axes.get_legend().get_texts()] + [axes.get_xlabel()]
+    assert not any("_" in word for word in words)
+    assert r"out-\$x_{1\$" in figure.get_suptitle()
+
+
+def test_the_map_of_subspaces_names_what_there_is(tmp_path, pictures):
+    weights = [f"blocks.{i}.mlp.{kind}" for i in range(30) for kind in ("up", "down")]
+    found = {name: [[1, 0.9, 5], [6, 0.8, 20]] for name in weights}
+    folder = run_folder_with(tmp_path / "o", {"iter": 9, "loss": 2.0, "subspaces": found})
+    plot.plot_loss(folder)
+    figure = pictures["subspaces.png"]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["mlp.down\nblocks 0 to 29, downwards", "mlp.up\nblocks 0 to 29, downwards"]
+    bar = figure.axes[-1]
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["5", "10", "20"]
+    assert "similar" in figure.axes[2].get_ylabel() and figure.get_suptitle()
+
+
+@pytest.mark.parametrize("lines,losses", [
+    (['{"iter": 0, "loss": NaN, "tokens": 1}\n', {"iter": 1, "loss": 3, "tokens": 2}], 1),
+    ([{"iter": 0, "loss": 3.0}, '{"iter": 1, "lo'], 1),  # torn
+    (["[1]\n", '"x"\n', "7\n", {"iter": "a", "loss": 1}, {"iter": 1, "loss": "x", "tokens": [2]},
+      {"iter": 2, "loss": True, "tokens_per_s": 0}, {"iter": 3, "loss": 2, "tokens": 10**400},
+      {"iter": 4, "loss": 1, "subspaces": 3}, {"iter": 5, "subspaces": {"w": 3, "v": [[1], 2]}},
+      {"iter": 6, "subspaces": {"u": [["a", 1, 2], [-1, 1, 1], [1, 1, 0], [2, 0.5, 4]]}}], 2),
+    (["[" * 100_000], 0),
+    ([], 0),
+    ([{"iter": 0, "val_loss": 2.0, "tokens": 0}], 1),
+])
+def test_a_log_of_any_kind_is_drawn_or_one_line(tmp_path, lines, losses):
+    folder = run_folder_with(tmp_path / "out", *lines)
+    if not losses:
+        with pytest.raises(ValueError, match="holds no loss"):
+            plot.plot_loss(folder)
+        return
+    assert os.path.getsize(plot.plot_loss(folder)[0]) > 5000
+    run = plot.Summary(folder)
+    assert len(run.training.columns()[0]) + len(run.validation.columns()[0]) == losses
+    assert set(run.subspaces.rows) <= {"u"}
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    run_folder_with("good", *logged(10))
+    os.makedirs("empty")
+    os.makedirs("pipe")
+    os.mkfifo("pipe/log.jsonl")
+    os.makedirs("folder/log.jsonl")
+    for out_dir, word in (("none", "does not exist"), (file, "is a file"), ("no*", "no folder"),
+                          ("empty", "no log.jsonl"), ("pipe", "no ordinary file"),
+                          ("folder", "is a folder"), ("good,none", "none")):
+        assert word in refused(plot.main, configure(plot, argv=[f"--out_dir={out_dir}"]))
+    for image, word in (("none/x.png", "none"), ("x.xyz", ".png")):
+        s = configure(plot, argv=["--out_dir=good", f"--image={image}"])
+        assert word in refused(plot.main, s)
+
+
+def test_runs_of_any_folder_are_told_apart(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/out [1] $", "b/out [1] $", "b/ä,漢", "o1"):
+        run_folder_with(name, *logged(40))
+    (tmp_path / "o2").write_text("no run")
+    s = configure(plot, argv=["--out_dir=a/out [1] $,b/out*,o*,o1/", "--image=x.png"])
+    plot.main(s)
+    labels = [text.get_text() for text in pictures["x.png"].legends[0].get_texts()]
+    assert labels == [r"a/out [1] \$", r"b/out [1] \$", "o1"]
+    # one folder and a picture's name: that picture, and nothing in the folder
+    for out_dir in ("o*", "b/ä,漢"):
+        os.remove("x.png")
+        plot.main(configure(plot, argv=[f"--out_dir={out_dir}", "--image=x.png"]))
+        assert os.path.exists("x.png")
+    assert os.listdir("o1") == ["log.jsonl"]
+
+
+def test_hours_and_memory_of_a_run_are_of_its_log(tmp_path):
+    entries = logged(100)
+    entries[7] |= {"peak_memory_gb": 3.5}
+    run = plot.Summary(run_folder_with(tmp_path / "out", *entries))
+    assert run.hours == pytest.approx(800 / 2 / 3600) and run.peak == 3.5
 
 # -----------------------------------------------------------------------------
 # what people type

@@ -6,6 +6,7 @@ Each of Q-GaLore's sisters against its definition in its paper, or its authors' 
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -601,30 +602,31 @@ def runs(shards, tmp_path_factory):
 
 
 def test_the_subspace_map_shows_each_refresh_where_it_was(runs):
-    log = plot.read_log(runs / "whole" / "log.jsonl")
-    found = plot.subspaces(log)
-    in_parts = plot.subspaces(plot.read_log(runs / "parts" / "log.jsonl"))
-    assert str(found) == str(in_parts)  # NaN and all
+    names, similarity, gap = plot.Summary(runs / "whole").subspaces.values()
+    in_parts = plot.Summary(runs / "parts").subspaces.values()
+    assert names == in_parts[0] and len(names) == 14
+    np.testing.assert_array_equal(similarity, in_parts[1])  # NaN and all
+    np.testing.assert_array_equal(gap, in_parts[2])
 
-    names, similarity, gap = found
-    assert len(names) == 14
     assert names[:2] == ["blocks.0.attn.k_proj", "blocks.1.attn.k_proj"]
     refreshes = []
-    for entry in log:
-        refreshes += entry.get("subspaces", {}).get(names[0], [])
+    for entry in plot.read_log(runs / "whole" / "log.jsonl"):
+        refreshes += entry["subspaces"].get(names[0], [])
     steps = [step for step, _, _ in refreshes]
     assert len(steps) > 4 and steps == sorted(set(steps))
     for (step, value, width), after in zip(refreshes, steps[1:]):
         assert after == step + width
-        assert similarity[0][step:after] == [value] * width
-        assert gap[0][after - 1] == width
+        assert similarity[0, step:after] == pytest.approx([value] * width)
+        assert gap[0, after - 1] == width
 
 
 def test_hours_are_counted_up_to_the_last_logged_step(runs):
+    run = plot.Summary(runs / "whole")
+    hours = list(run.by_hours.columns()[0])
+    assert hours[0] == 0 and hours == sorted(hours)
+    assert hours[-1] == run.hours > 0
     log = plot.read_log(runs / "whole" / "log.jsonl")
-    seen, hours = zip(*plot.hours_at(log))
-    assert list(hours) == sorted(hours)
-    assert seen[-1] == max(entry["tokens"] for entry in log if "loss" in entry)
+    assert run.tokens == max(entry["tokens"] for entry in log if "loss" in entry)
 
 
 def test_several_runs_are_drawn_in_one_picture(runs, tmp_path):
