@@ -42,7 +42,7 @@ class Log:
                 f.write(json.dumps(s.as_dict(), indent=1).encode())
             self.reopen(folder)
         except OSError as e:
-            raise SystemExit(f"error: cannot write to out_dir: {e.filename}: {e.strerror}")
+            raise SystemExit(f"error: cannot write to {e.filename or folder.now}: {e.strerror}")
 
     def start_services(self, s, folder):
         self.wandb = self.tensorboard = None
