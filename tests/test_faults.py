@@ -55,9 +55,9 @@ from run.device import choose_threads
 from run.encodings import fingerprint, get_encoding
 from run.finite import first_not_finite
 from run.folder import Folder
-from run.limits import OF_MODEL, OF_OPTIMIZER
 from run.machine import free_memory, usable_cores
 from run.manifest import Manifest
+from run.ranges import OF_MODEL, OF_OPTIMIZER
 from run.ranks import Ranks
 from run.records import open_source
 from run.shards import open_shard, part_of, shard_paths, write_shard
@@ -1616,7 +1616,8 @@ OTHER_RUNS = [
     "--method=qgalore --weight_bits=16 --proj_bits=8 --proj_side=left --moments=float32 --rank=8"
     " --accumulation=bfloat16 --matmul=float --dtype=bfloat16 --checkpoint_activations=True"
     " --checkpoint_bits=16 --embed_bits=16 --n_kv_head=1 --rope_theta=500 --decay_lr=False"
-    " --beta1=0 --beta2=0.5 --adam_eps=1e-6 --grad_clip=1 --rank_timeout=9 --eval_iters=1",
+    " --beta1=0 --beta2=0.5 --adam_eps=1e-6 --grad_clip=1 --rank_timeout=9 --eval_iters=1"
+    " --threads=1",
     "--method=qgalore --weight_bits=0 --proj_bits=16 --proj_side=right --moments=factored --rank=8"
     " --accumulation=float32 --dtype=auto --learning_rate=0.02 --min_lr=0.01 --lr_decay_iters=2"
     " --proj_gap=1 --proj_svd=True --project=x --encoding=bytes --weight_decay=0.1",
