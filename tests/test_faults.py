@@ -29,7 +29,7 @@ import pytest
 import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import prepare_c4
 import train
@@ -1781,8 +1781,8 @@ def test_reentrant_checkpoints_that_share_a_layer_are_refused(outer):
     x = torch.randn(4, 24, requires_grad=True)
 
     def loss():
-        y = checkpoint(layer, x, use_reentrant=True).tanh()
-        y = layer(y) if outer else checkpoint(layer, y, use_reentrant=True)
+        y = checkpointed(layer, x, use_reentrant=True).tanh()
+        y = layer(y) if outer else checkpointed(layer, y, use_reentrant=True)
         return y.square().sum()
 
     with pytest.raises(RuntimeError, match="^0 has moved.*use_reentrant"):
