@@ -46,8 +46,9 @@ class Shown:
 
 
 def protect_output():
-    """Let nothing that is printed from here on end the program, and Ctrl-C and a missing package end
-    it with one line."""
+    """Let nothing that is printed from here on end the program.
+
+    Ctrl-C, or a package that is missing, ends it with one line."""
     sys.excepthook = last_words
     # a file that is opened later must not become standard output or error
     while True:
