@@ -64,7 +64,8 @@ def protect_output():
             continue
         # a console's encoding may lack a character; a stream of another kind has no such errors
         with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")
+            # a file or a pipe, too, gets each line at once: kilobytes may be a day of training
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         setattr(sys, name, Shown(stream))
 
 

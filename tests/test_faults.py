@@ -2773,3 +2773,10 @@ def test_a_home_folder_is_where_the_shell_has_it(trained, tmp_path):
 
 def test_an_out_dir_of_no_name_is_one_line(trained):
     one_line_error(run("train.py", "--out_dir=", *trained[1]), "out_dir is empty")
+
+
+def test_a_pipe_gets_each_line_at_once(tmp_path):
+    code = ("import os; from run.show import protect_output; protect_output(); "
+            "print('a line'); os._exit(0)")  # as a kill would: nothing is flushed
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "a line\n"
