@@ -25,7 +25,9 @@ import os
 import sys
 from types import SimpleNamespace
 
+from run.files import check_file
 from run.show import protect_output
+from run.text import first_line
 
 
 # the script whose settings config files assign: others that read one know its defaults, too
@@ -103,10 +105,12 @@ def configure(*modules, argv=None, ignore_unknown=False):
     for place, arg in enumerate(argv):
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
-            if not equals:
-                value = "".join(argv[place + 1 : place + 2]) or "value"
-                raise SystemExit(f"error: {arg}: write it as {arg}={value}")
             _check_name(name, declared, arg)
+            if not equals:
+                value = "".join(argv[place + 1 : place + 2])
+                if value.startswith("--") or not value:
+                    value = "value"
+                raise SystemExit(f"error: {arg}: write it as {arg}={value}")
             flags[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
             given[name] = arg
 
@@ -131,7 +135,7 @@ def configure(*modules, argv=None, ignore_unknown=False):
         allowed = declared[name].allowed
         if allowed is not None and not allowed.holds(value):
             where = given.get(name, "config file")
-            raise SystemExit(f"error: {where}: {name} must be {allowed}, not {value!r}")
+            raise SystemExit(f"error: {where}: {name} must be {allowed}, not {_short(value)}")
     return Settings(**(defaults | values), given=given)
 
 
@@ -212,6 +216,7 @@ class _Names(dict):
 
     def __init__(self, names, pinned):
         super().__init__(names, include=self.include, if_read=self.if_read)
+        self.settings = set(names)
         self.pinned = pinned
         self.assigned = {}
         self.soft = set()
@@ -222,7 +227,8 @@ class _Names(dict):
             return
         super().__setitem__(name, value)
         simple = isinstance(value, (int, float, str, type(None), list, tuple, dict))
-        if simple and not name.startswith("_"):  # others are imports and functions that a file uses
+        # others are imports and functions that a file uses
+        if name in self.settings or simple and not name.startswith("_"):
             self.assigned[name] = (value, self.path)
             self.soft.discard(name)  # a plain assignment is meant for every method
 
@@ -240,19 +246,28 @@ def _read(path, names):
     outside = names.path  # of the file that includes this one, or ""
     names.path = path
     try:
-        with open(path, encoding="utf-8") as f:
+        check_file(path)
+        with open(path, encoding="utf-8-sig") as f:
             exec(compile(f.read(), path, "exec"), names)
     except IsADirectoryError:
         raise SystemExit(f"error: config file {path}: is a folder; name a file in it")
     except OSError as e:
         flag = f"; a setting is written as --{path.lstrip('-')}" if "=" in path else ""
         raise SystemExit(f"error: config file {path}: {e.strerror}{flag}")
+    except SystemExit as e:
+        if str(e.code).startswith("error: "):  # of a file that it includes
+            raise
+        raise SystemExit(f"error: config file {path}: it exits ({e.code}), before it has set all")
     except SyntaxError as e:
-        raise SystemExit(f"error: config file {path}, line {e.lineno}: {e.msg}")
+        line = f", line {e.lineno}" if e.lineno else ""
+        raise SystemExit(f"error: config file {path}{line}: {e.msg}")
     except UnicodeDecodeError as e:
         raise SystemExit(f"error: config file {path}: byte {e.start} is not UTF-8: save it as that")
+    except RecursionError:
+        raise SystemExit(f"error: config file {path}: RecursionError: it includes itself, or calls "
+                         "itself without an end")
     except Exception as e:  # whatever a user's program may raise
-        raise SystemExit(f"error: config file {path}: {type(e).__name__}: {e}")
+        raise SystemExit(f"error: config file {path}: {type(e).__name__}: {first_line(e)}")
     names.path = outside
 
 
@@ -277,13 +292,21 @@ def _literal(text, default):
 def _typed(name, value, default, where):
     """`value` as the type of `default`; 1e6 is a whole number, 1 a float."""
     kind = type(default)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
     # bool is no int here, and neither nan nor inf is of any use
     if type(value) is not kind or kind is float and not math.isfinite(value):
         raise SystemExit(
-            f"error: {where}: {name} must be {KINDS[kind]}, like {default!r}; found {value!r}"
+            f"error: {where}: {name} must be {KINDS[kind]}, like {default!r}; found {_short(value)}"
         )
     return value
+
+
+def _short(value):
+    """A value as a message shows it."""
+    if isinstance(value, int) and abs(value) > 1e40:  # Python itself writes no very long ones
+        return "a number of more than 40 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -4,6 +4,7 @@ Generate text from a run's checkpoint, token by token:
     python sample.py config/demo.py --num_samples=3
 """
 
+import os
 import sys
 
 from configurator import above, at_least, configure, one_of
@@ -41,7 +42,7 @@ def main(s):
     device = pick_device(s.device)
     check_device(device)
     try:
-        model, name = load_model(s.out_dir, device)
+        model, name = load_model(os.path.expanduser(s.out_dir), device)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     bad = first_not_finite(model)

@@ -117,6 +117,7 @@ from run.stop import Stop
 
 def main(s):
     """Train in out_dir, while no other process does."""
+    s.out_dir = os.path.expanduser(s.out_dir)
     with Folder(s.out_dir) as folder:
         start(s, folder, began=time.perf_counter())
 

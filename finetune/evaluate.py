@@ -528,7 +528,7 @@ def answer_all(s, model, encoding, items, partial, subject):
     partial: as open_partial gives it; each batch's results are appended to it."""
     done = finished(partial, items, subject, s.task)
     todo = [i for i in range(len(items)) if i not in done]
-    with Progress(s.task, len(items), "items", len(done)) as progress:
+    with Progress(s.task, total=len(items), unit="items", done=len(done)) as progress:
         for numbers in batches(items, todo, s.batch_size):
             start = time.perf_counter()
             try:

@@ -68,7 +68,7 @@ from run.manifest import (Manifest, alone_in, contents, difference, facts, other
                           same_contents, same_paths, source)
 from run.records import Skipped, matching, records, stem_of, table_or_json
 from run.shards import IN_LOSS, STARTS, part_of, shard_parts
-from run.show import counted
+from run.show import Progress
 from run.text import first_line
 
 Example = collections.namedtuple("Example", "tokens flags")  # uint32 and uint8, (length,) each
@@ -404,7 +404,8 @@ def read_examples(paths, enc, s):
         skipped = Skipped()
         not_used = Skipped()
         found = records(path, s.columns)
-        for where, record in counted(found, os.path.basename(path), "records"):
+        progress = Progress(os.path.basename(path), unit="records")
+        for where, record in progress.over(found):
             total += 1
             try:
                 if isinstance(record, ValueError):

@@ -60,7 +60,7 @@ from finetune.hf_load import stored
 from finetune.hf_tokenizer import tokenizer_files
 from model import LLaMA, LLaMAConfig, QLinear
 from run.device import check_device, pick_device
-from run.show import counted
+from run.show import Progress
 
 BISECTIONS = 50  # of the threshold
 
@@ -136,7 +136,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
 
     # first all spectra, which share one threshold
     values = {}  # (min(out, in),) float32 each, descending
-    for name in counted(matrices, "spectra", "matrices", len(matrices)):
+    for name in Progress("spectra", len(matrices), "matrices").over(matrices):
         values[name] = torch.linalg.svdvals(read(name).float()).cpu()
     low = ranks_of_factors(values, keep, least, uniform)
     if all(k == len(values[name]) for name, k in low.items()):
@@ -147,7 +147,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
 
     # then each matrix once more, to be written whole or as factors
     def tensors():
-        for name in counted(shapes, "factors", "matrices", len(shapes)):
+        for name in Progress("factors", len(shapes), "tensors").over(shapes):
             w = read(name)
             if name not in low:
                 yield name, w

@@ -32,6 +32,8 @@ class Folder:
     path: out_dir. now: where the run's files are, path itself or STARTING within."""
 
     def __init__(self, path):
+        if not path:
+            raise SystemExit("error: out_dir is empty: name a folder for the run")
         self.path = path
         self.now = path
         self.lock = None

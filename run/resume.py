@@ -34,6 +34,9 @@ def checkpoint_to_resume(s):
     start, _, otherwise = s.init_from.partition(":")
     if start == "auto" or s.eval_only and "init_from" not in s.given:
         s.init_from = "resume" if checkpoint_paths(s.out_dir) else otherwise or "scratch"
+        if s.eval_only and s.init_from == "scratch":  # nobody asks for random weights
+            raise SystemExit(f"error: eval_only: there is no checkpoint in {s.out_dir}: name a "
+                             "run's folder with --out_dir, or a model with --init_from")
     return load_checkpoint(s.out_dir) if s.init_from == "resume" else None
 
 

@@ -3,14 +3,14 @@ What is only shown: lines, progress bars. None of it may end what a run is for.
 
 A terminal may be closed, a pipe's reader gone, the disk under a terminal's log full. What is
 printed then is lost, and the program goes on.
+
+This module loads nothing but Python's own: what a script lacks is said in a line, too.
 """
 
 import contextlib
 import os
 import sys
 import time
-
-from tqdm import tqdm
 
 EVERY = 30  # seconds between lines of progress where there is no terminal
 
@@ -46,7 +46,10 @@ class Shown:
 
 
 def protect_output():
-    """Let nothing that is printed from here on end the program."""
+    """Let nothing that is printed from here on end the program.
+
+    Ctrl-C, or a package that is missing, ends it with one line."""
+    sys.excepthook = last_words
     # a file that is opened later must not become standard output or error
     while True:
         nowhere = os.open(os.devnull, os.O_RDWR)
@@ -61,8 +64,20 @@ def protect_output():
             continue
         # a console's encoding may lack a character; a stream of another kind has no such errors
         with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")
+            # a file or a pipe, too, gets each line at once: kilobytes may be a day of training
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
         setattr(sys, name, Shown(stream))
+
+
+def last_words(kind, error, trace):
+    """Show what ends the program: a traceback is for what its user cannot know."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and "." not in error.name:
+        print(f"error: there is no package {error.name}: pip install -r requirements.txt, or "
+              f"pip install {error.name}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 class Progress:
@@ -80,6 +95,8 @@ class Progress:
         self.bar = None
         self.last = time.monotonic()  # when a line was shown
         if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
             self.bar = tqdm(desc=name or None, total=total, initial=done, unit=f" {unit}",
                             dynamic_ncols=True)
 
@@ -94,6 +111,13 @@ class Progress:
             self.bar.update(n)
         elif self.shown and time.monotonic() - self.last >= EVERY:
             self.line()
+
+    def over(self, items):
+        """The items, one after the other; each is done when the next one is asked for."""
+        with self:
+            for item in items:
+                yield item
+                self.advance()
 
     def line(self):
         """Show a line at once."""
@@ -115,14 +139,6 @@ class Progress:
         self.close()
 
 
-def counted(items, name, unit, total=None):
-    """Yield items, and show how many there were."""
-    with Progress(name, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()
-
-
 def first_rank():
     """Whether this is the first of torchrun's processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -131,4 +147,6 @@ def first_rank():
 def say(text):
     """Print a line, above a bar where there is one; the first of several processes does."""
     if first_rank():
+        from tqdm import tqdm
+
         tqdm.write(text)

@@ -213,7 +213,7 @@ def test_an_unknown_name_with_nothing_near_has_no_suggestion(module):
 
 
 @pytest.mark.parametrize("argument,words", [
-    ("--steps", "write it as --steps=value"), ("--", "write it as --=value"),
+    ("--steps", "write it as --steps=value"), ("--", "no setting"),
     ("steps=4", "written as --steps=4"), ("-steps=4", "written as --steps=4"),
     ("--help=1", "no setting 'help'"),
     ("none.py", "config file none.py: No such file"), ("steps=3", "config file steps=3: No such"),

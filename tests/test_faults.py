@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -49,7 +50,7 @@ from model import LLaMA, LLaMAConfig, QLinear
 from prepare_c4 import check_made_of, prepare
 from qgalore import Projection, QGaLore
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-from run import data, folder as run_folder, manifest, memory, plot, records
+from run import data, folder as run_folder, manifest, memory, plot, records, show
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, starting_model
 from run.data import Windows, open_windows
 from run.device import choose_threads
@@ -62,9 +63,9 @@ from run.ranges import OF_MODEL, OF_OPTIMIZER
 from run.ranks import Ranks
 from run.records import open_source
 from run.shards import open_shard, part_of, shard_paths, write_shard
-from run.show import Shown
+from run.show import Progress, Shown, last_words
 from run.stop import SIGNALS, Stop
-from tests.common import (Job, TINY_MODEL, TINY_RUN, one_line_error, read_log, run, script,
+from tests.common import (HERE, Job, TINY_MODEL, TINY_RUN, one_line_error, read_log, run, script,
                           settings, tiny, tokens)
 
 find("qgalore")  # METHODS has them all now
@@ -2717,3 +2718,83 @@ def test_bench_has_the_settings_of_train_py():
 
 # -----------------------------------------------------------------------------
 # what people type
+
+
+@pytest.mark.parametrize("text,words", [
+    ("import sys\nsys.exit()", "it exits (None)"), ("raise SystemExit('late')", "it exits (late)"),
+    ("include('config.py')", "it includes itself"), ("raise ValueError('a\\nb')", "ValueError: a"),
+    ("import os\nbatch_size = os", "must be a whole number"),
+    ("def batch_size(): pass", "must be a whole number"), ("batch_size = 2j", "found 2j"),
+    ("learning_rate = 10**400", "more than 40 digits"), ("seed = 10**5000", "more than 40 digits"),
+    ("\ufeffbatch_size = 0", ", not 0"), ("batch_size = 0\r\n", ", not 0"),
+])
+def test_a_config_file_that_sets_nothing_is_one_line(tmp_path, text, words):
+    path = tmp_path / "config.py"
+    path.write_bytes(text.encode())
+    line = refused(configure, train, argv=[str(path)])
+    assert words in line and "config.py" in line
+
+
+def test_a_config_file_that_is_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "config.py")
+    assert "no ordinary file" in refused(configure, train, argv=[f"{tmp_path}/config.py"])
+
+
+def test_a_flag_before_another_flag_is_not_its_value():
+    assert "no setting 'version'" in refused(configure, train, argv=["--version", "--seed=1"])
+    line = refused(configure, train, argv=["--seed", "--max_iters=1"])
+    assert line.endswith("write it as --seed=value")
+
+
+def test_ctrl_c_and_a_missing_package_are_one_line(capsys):
+    for error, words in (
+        (KeyboardInterrupt(), "interrupted\n"),
+        (ModuleNotFoundError(name="torch"), "error: there is no package torch: pip install"),
+    ):
+        last_words(type(error), error, None)
+        shown = capsys.readouterr().err
+        assert shown.startswith(words) and shown.count("\n") == 1
+    # a file of this repository that is missing is no package
+    for error in (ModuleNotFoundError(name="run.nothing"), KeyError("x")):
+        last_words(type(error), error, None)
+        assert type(error).__name__ in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_c4.py", "finetune.evaluate",
+                                  "finetune.prepare_sft"])
+def test_without_any_package_every_script_says_so(name):
+    code = ("import runpy, sys; sys.path[0:0] = ['.']; start = sys.argv.pop(1); "
+            "runpy.run_path(start, run_name='__main__')")
+    path = name if name.endswith(".py") else name.replace(".", "/") + ".py"
+    # -S: no packages but Python's own
+    command = [sys.executable, "-S", "-c", code, path]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: there is no package ")
+
+
+def test_progress_into_a_pipe_draws_no_bar(capsys, monkeypatch):
+    assert list(Progress("a", 3, "items").over("xyz")) == ["x", "y", "z"]
+    assert capsys.readouterr().err == ""  # shorter than what deserves a line
+    monkeypatch.setattr(show, "EVERY", 0)
+    list(Progress("a", 3, "items").over("xyz"))
+    assert capsys.readouterr().err == "".join(f"a: {n} of 3 items\n" for n in (1, 2, 3))
+
+
+def test_a_home_folder_is_where_the_shell_has_it(trained, tmp_path):
+    out_dir, args = trained
+    home = {"before": lambda: os.environ.update(HOME=str(tmp_path))}
+    code, out, err = run("train.py", "--out_dir=~/run", *args, "--max_iters=1", **home)
+    assert code == 0, err
+    assert os.path.exists(tmp_path / "run" / "ckpt.pt") and not os.path.exists("~")
+
+
+def test_an_out_dir_of_no_name_is_one_line(trained):
+    one_line_error(run("train.py", "--out_dir=", *trained[1]), "out_dir is empty")
+
+
+def test_a_pipe_gets_each_line_at_once(tmp_path):
+    code = ("import os; from run.show import protect_output; protect_output(); "
+            "print('a line'); os._exit(0)")  # as a kill would: nothing is flushed
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "a line\n"

@@ -129,9 +129,12 @@ def test_evaluation_alone_touches_no_file(shards, tmp_path, start):
 
 def test_evaluation_alone_makes_no_folder(shards, tmp_path):
     args = arguments(shards, tmp_path / "out", "--eval_only=True")
-    code, out, err = run("train.py", *args)
+    code, out, err = run("train.py", *args, "--init_from=scratch")
     assert code == 0 and "--- scratch: val loss " in out, err
     assert os.listdir(tmp_path) == []
+    # random weights are evaluated where they are asked for, alone
+    for more in ([], ["--init_from=auto"]):
+        one_line_error(run("train.py", *args, *more), "there is no checkpoint in")
     one_line_error(run("train.py", *args, "--init_from=resume"), "ckpt.pt", "does not exist")
     assert os.listdir(tmp_path) == []
 
