@@ -126,6 +126,8 @@ def configure(*modules, argv=None, ignore_unknown=False):
             given[name] = where
     # what each may be
     for name, value in values.items():
+        if name.endswith("_dir"):
+            values[name] = os.path.expanduser(value)
         allowed = declared[name].allowed
         if allowed is not None and not allowed.holds(value):
             where = given.get(name, "config file")

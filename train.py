@@ -37,7 +37,7 @@ dry_run = False  # print the memory that this run would take, and leave
 data_dir = "data/c4"  # *_train_*.bin and *_val_*.bin, as prepare_c4.py and llm.c write them
 data_input = ""  # text to tokenise into data_dir, if that has no shards: "docs", or files
 encoding = ""  # of the shards, see run/encodings.py; "": gpt2, or the Hugging Face checkpoint's own
-batch_size: between(1, 2**16) = 16  # sequences a micro-batch
+batch_size: between(1, 2**20) = 16  # sequences a micro-batch
 block_size: between(1, 2**24) = 256  # tokens a sequence
 gradient_accumulation_steps: between(1, 10**6) = 1  # micro-batches a step, of all ranks together
 # model (a Hugging Face checkpoint brings its own)

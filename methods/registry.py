@@ -89,6 +89,11 @@ class Method:
                 f"error: min_lr={s.min_lr:g} is above learning_rate={s.learning_rate:g}: set it to "
                 "that at most, or to -1, a tenth of it"
             )
+        if s.batch_size * s.block_size > 2**32:
+            raise SystemExit(
+                f"error: batch_size={s.batch_size} of block_size={s.block_size} tokens: a "
+                f"micro-batch has at most {2**32}; lower one of them"
+            )
         s.n_kv_head = s.n_kv_head or s.n_head
         return s
 

@@ -11,6 +11,7 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 import zlib
@@ -57,8 +58,12 @@ def save_checkpoint(out_dir, checkpoint, keep=1):
             sync(f)
             make_room(path, [os.path.join(out_dir, f"ckpt-{i}.pt") for i in range(1, keep)])
     except (OSError, RuntimeError) as e:
+        why = getattr(e, "strerror", None)
+        if why is None:  # torch's writer does not say what the system said
+            free = shutil.disk_usage(out_dir or ".").free
+            why = f"writing failed, with {free / 2**30:.2f} GiB free on that disk"
         kept = "; the one before it is whole" if checkpoint_paths(out_dir) else ""
-        raise SystemExit(f"error: could not save {path}: {first_line(e)}{kept}")
+        raise SystemExit(f"error: could not save {path}: {why}{kept}")
 
 
 def make_room(path, older):
@@ -77,6 +82,8 @@ def make_room(path, older):
             os.replace(path, older[0])
         else:
             os.replace(second.name, older[0])
+            with contextlib.suppress(FileNotFoundError):  # two names of one file are left alone
+                os.unlink(second.name)
 
 
 def whole_state(model, optimizer):
@@ -188,7 +195,9 @@ def starting_model(s, checkpoint=None):
             found = hf.settings(path)
         except ValueError as e:
             raise SystemExit(f"error: init_from: {e}")
-        s.pretrained = s.init_from
+        # a folder is found from another working directory, too
+        folder = os.path.expanduser(s.init_from)
+        s.pretrained = os.path.abspath(folder) if os.path.isdir(folder) else s.init_from
         most = found["block_size"]
         if s.block_size > most:
             raise SystemExit(

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import stat
 
 try:
@@ -99,7 +98,9 @@ def lock(f):
 
 
 def sweep(folder, start=""):
-    """Delete what killed processes were writing in a folder, and say so. start: of their names."""
+    """Delete the files that killed processes were writing in a folder, and say so.
+
+    Their folders are said alone, as a user may have put things there. start: of the names."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
         if not TEMPORARY.fullmatch(name) or not name.startswith(start) or os.path.islink(path):
@@ -107,9 +108,13 @@ def sweep(folder, start=""):
         with contextlib.suppress(OSError):
             f = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
             try:
-                if lock(f):
-                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-                    print(f"note: deleted {path}: a process that was killed left it half written")
+                if not lock(f):
+                    continue
+                what = "delete it"
+                if not os.path.isdir(path):
+                    os.unlink(path)
+                    what = "deleted"
+                print(f"note: {path}: a process that was killed left it half written; {what}")
             finally:
                 os.close(f)
 

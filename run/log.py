@@ -14,7 +14,7 @@ import torch
 from model import QMatrix
 from run.device import GIB, memory_peak, peak_flops
 from run.encodings import get_encoding
-from run.files import parse_json, replacing, sync, unused
+from run.files import check_file, parse_json, replacing, sync, unused
 from run.plot import plot_loss
 from run.text import first_line
 from sample import PROMPT_END, stream
@@ -42,7 +42,7 @@ class Log:
                 f.write(json.dumps(s.as_dict(), indent=1).encode())
             self.reopen(folder)
         except OSError as e:
-            raise SystemExit(f"error: cannot write to out_dir: {e.filename}: {e.strerror}")
+            raise SystemExit(f"error: cannot write to {e.filename or folder.now}: {e.strerror}")
 
     def start_services(self, s, folder):
         self.wandb = self.tensorboard = None
@@ -137,6 +137,7 @@ def cut_log(path, step):
     log as it was is set aside."""
     if not os.path.exists(path):
         return
+    check_file(path)
     with open(path, "rb") as f:
         lines = f.readlines()
     kept = []

@@ -29,7 +29,7 @@ import pytest
 import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import prepare_c4
 import train
@@ -1617,7 +1617,8 @@ OTHER_RUNS = [
     "--method=qgalore --weight_bits=16 --proj_bits=8 --proj_side=left --moments=float32 --rank=8"
     " --accumulation=bfloat16 --matmul=float --dtype=bfloat16 --checkpoint_activations=True"
     " --checkpoint_bits=16 --embed_bits=16 --n_kv_head=1 --rope_theta=500 --decay_lr=False"
-    " --beta1=0 --beta2=0.5 --adam_eps=1e-6 --grad_clip=1 --rank_timeout=9 --eval_iters=1",
+    " --beta1=0 --beta2=0.5 --adam_eps=1e-6 --grad_clip=1 --rank_timeout=9 --eval_iters=1"
+    " --threads=1",
     "--method=qgalore --weight_bits=0 --proj_bits=16 --proj_side=right --moments=factored --rank=8"
     " --accumulation=float32 --dtype=auto --learning_rate=0.02 --min_lr=0.01 --lr_decay_iters=2"
     " --proj_gap=1 --proj_svd=True --project=x --encoding=bytes --weight_decay=0.1",
@@ -1680,6 +1681,7 @@ def test_every_setting_and_every_choice_runs(shards, tmp_path):
     "n_kv_head=3", "galore_scale=0", "galore_scale=-1", "proj_threshold=nan", "lora_alpha=0",
     "seed=-1", f"seed={2**70}", "max_minutes=-1", "min_lr=1", "weight_decay=1000",
     "weight_decay=-1", "log_interval=0", "eval_iters=0", "block_size=0", "batch_size=0",
+    "block_size=1000000000",
     "weight_group_size=3", "proj_gap=0", "proj_k=0", f"proj_k={10**12}", "gap_growth=1e9",
     "rank=0", f"rank={10**12}", "gradient_accumulation_steps=0", "keep_checkpoints=0",
     "rank_timeout=1e300", "residual_blocks=0", "residual_blocks=1000000000000", "moments=reset",
@@ -1780,8 +1782,8 @@ def test_reentrant_checkpoints_that_share_a_layer_are_refused(outer):
     x = torch.randn(4, 24, requires_grad=True)
 
     def loss():
-        y = checkpoint(layer, x, use_reentrant=True).tanh()
-        y = layer(y) if outer else checkpoint(layer, y, use_reentrant=True)
+        y = checkpointed(layer, x, use_reentrant=True).tanh()
+        y = layer(y) if outer else checkpointed(layer, y, use_reentrant=True)
         return y.square().sum()
 
     with pytest.raises(RuntimeError, match="^0 has moved.*use_reentrant"):

@@ -223,10 +223,11 @@ def test_by_svd_two_ranks_take_their_first_bases_once(tmp_path, micro_batches):
 # what a user is told
 
 
-def test_a_run_that_does_not_fit_says_so_before_it_allocates(tmp_path):
+def test_a_run_that_does_not_fit_says_so_before_it_allocates(shards, tmp_path):
     """And a dry run says why."""
-    args = [f"{HERE}/config/llama_60m.py", "--device=cpu", "--n_layer=2", "--batch_size=262144",
-            f"--out_dir={tmp_path}/out"]
+    args = [f"{HERE}/config/llama_60m.py", "--device=cpu", "--n_layer=2", "--batch_size=65536",
+            "--block_size=1024", f"--out_dir={tmp_path}/out", f"--data_dir={shards}",
+            "--encoding=bytes"]
     one_line_error(run("train.py", *args), "activations", "batch_size", "GiB")
     assert not os.path.exists(f"{tmp_path}/out")
     code, out, err = run("train.py", *args, "--dry_run=True")
