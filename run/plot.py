@@ -280,9 +280,9 @@ def plot_loss(out_dir):
         axes.plot(x_val, validation, "C1", marker=marker_of(x_val), ms=3, label="validation")
     show_settled(axes, [run.training, run.validation])
     if len(x_val):
-        at_end = f"validation loss {validation[-1]:.3f} after {short(x_val[-1])} tokens"
+        at_end = f"validation loss {validation[-1]:.4f} after {short(x_val[-1])} tokens"
     else:
-        at_end = f"training loss {mean[-1]:.3f} after {short(x[-1])} tokens"
+        at_end = f"training loss {mean[-1]:.4f} after {short(x[-1])} tokens"
     figure.suptitle(f"{plain(run.name)}: {at_end}")
     axes.set(xlabel="tokens", ylabel="loss, nats a token")
     axes.xaxis.set_major_formatter(short)
