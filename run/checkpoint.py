@@ -189,6 +189,9 @@ def starting_model(s, checkpoint=None):
         s.pretrained = checkpoint["config"].get("pretrained", "")
         found = checkpoint["config"] if s.pretrained else {}
     elif s.init_from != "scratch":
+        if checkpoint_paths(os.path.expanduser(s.init_from)):
+            raise SystemExit(f"error: init_from: {s.init_from} is a run's folder: --out_dir="
+                             f"{s.init_from} --init_from=resume goes on with it")
         hf = foreign.checkpoints()
         try:
             path = hf.local(s.init_from, weights=not s.dry_run)
