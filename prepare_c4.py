@@ -46,7 +46,6 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import tiktoken
-from tqdm import tqdm
 
 from run import manifest
 from run.docs import docs_corpus
@@ -54,11 +53,13 @@ from run.encodings import fingerprint, get_encoding
 from run.files import replacing, sweep
 from run.jobs import (C4, check_others, files_of, finished, is_of_c4, jobs_of, names_of,
                       paths_of, reason_to_make)
+from run.machine import usable_cores
 from run.manifest import Manifest
-from run.pool import cores, map_in_processes
+from run.pool import map_in_processes
 from run.records import (NOT_UTF8, NULS, Skipped, kind_of, open_source, record_blocks,
                          records_in)
 from run.shards import HEADER_BYTES, shard_header, token_dtype
+from run.show import Progress
 from run.text import first_line, valid
 
 BLOCK = 1 << 20  # bytes of text that a worker gets at a time, about 50 ms of work
@@ -113,7 +114,7 @@ def prepare(
             begin = functools.cache(functools.partial(made.begin, entries))  # once for all
 
             # one file after the other; the workers share the blocks of each
-            workers = workers or cores()
+            workers = workers or usable_cores()
             if not worth_processes(jobs):
                 workers = 1
             try:
@@ -241,8 +242,8 @@ def write_tokens(f, job, file, enc, map_blocks):
     made = collections.Counter()
     left_out = Skipped()
     stream, size, tell = open_text(file)
-    with stream, progress_bar(job) as bar:
-        start = told = time.perf_counter()
+    with stream, Progress(os.path.basename(job.shard), unit="documents") as progress:
+        start = time.perf_counter()
         # the text in blocks, and what makes tokens of one
         if kind == "txt":
             tokenize = tokenize_text
@@ -260,14 +261,9 @@ def write_tokens(f, job, file, enc, map_blocks):
                 left_out.merge(skipped)
                 check_count(file, made)
                 # an estimate until the end: as many documents a byte as so far
-                bar.total = int((bar.n + documents) * size / max(tell(), 1))
-                now = time.perf_counter()
-                speed = made["tokens"] / max(now - start, 1e-9)
-                if bar.disable and now > told + 10:  # a pipe gets a line now and then
-                    told = now
-                    print(f"{job.shard}: {tell() / size:.0%}, {speed:,.0f} tokens/s", flush=True)
-                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                bar.update(documents)
+                progress.total = int((progress.done + documents) * size / max(tell(), 1))
+                speed = made["tokens"] / max(time.perf_counter() - start, 1e-9)
+                progress.advance(documents, f"{speed:,.0f} tokens/s")
         except ValueError as e:  # a table or a list that is not whole
             raise SystemExit(f"error: {file}: {first_line(e)}")
 
@@ -315,12 +311,6 @@ def worth_processes(jobs):
     if any(is_of_c4(job) for job in jobs):
         return True
     return sum(job.facts["sources"][0].get("size", 0) for job in jobs) > SMALL
-
-
-def progress_bar(job):
-    """A bar on a terminal, and nothing elsewhere."""
-    name = os.path.basename(job.shard)
-    return tqdm(desc=name, unit=" documents", mininterval=1, disable=None)
 
 
 # -----------------------------------------------------------------------------

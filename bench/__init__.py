@@ -4,7 +4,9 @@ How much memory and time training takes, by Q-GaLore and by others, on the same 
     python -m bench config/llama_60m.py
 
 __main__.py    settings, and the table and picture of all contenders; begin here
+settings.py    what a command is checked by, before torch is loaded
 contenders.py  measures one contender, in a process of its own
 peers.py       the published optimizers, each put on the model as its authors do
+memory.py      draws the memory plans of several methods (python -m bench.memory)
 refresh.py     the range finder of a refresh against exact SVD (--refresh_study=True)
 """

@@ -16,18 +16,12 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-import train
-from bench.contenders import CONTENDERS, PHASES, measure_or_reason, settled
-from bench.refresh import study
+from bench.settings import CONTENDERS, REPOSITORY, train_settings
 from configurator import at_least, configure
-from methods.registry import find
-from run.device import check_device, pick_device, pick_dtype
-from run.plot import pyplot
 
 # measuring
 out_dir = "out-bench"  # bench.json, bench.png
@@ -35,14 +29,24 @@ contenders = "all"  # or some: qgalore,qmuon,qfira,adam8bit,adamw,galore,q_galor
 steps: at_least(1) = 10  # timed, the device not waited for
 warmup: at_least(1) = 3  # steps before them, not timed: the first takes every layer's first basis
 phase_steps: at_least(1) = 3  # steps after them, that wait for the device at the ends of each phase
-memory_fraction_gib = 0.0  # GPU memory that torch may take; 0 = all
-timeout = 0.0  # seconds that a contender may take; 0 = any
-threads = 0  # CPU threads; 0 = torch's choice
+memory_fraction_gib: at_least(0) = 0.0  # GPU memory that torch may take; 0 = all
+timeout: at_least(0) = 0.0  # seconds that a contender may take; 0 = any
 peer_svd = True  # False: galore and q_galore take unit vectors, and their SVD's cost is not told
 refresh_study = False  # time a refresh against exact SVD on the matrices of one block, and leave
 contender = ""  # internal: the one that this process runs
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    s = configure(train_settings(), sys.modules[__name__])
+
+import torch
+
+from bench.contenders import PHASES, measure_or_reason, settled
+from bench.refresh import study
+from methods.registry import find
+from run.device import check_device, choose_threads, pick_device, pick_dtype
+from run.files import replacing
+from run.plot import new_figure, save as save_picture
+
 PACKAGES = (  # whose versions stand with the figures
     "torch",
     "bitsandbytes",
@@ -65,35 +69,36 @@ COLUMNS = [  # (head, key of a row or of its phase_ms, format)
 ]
 
 
-def main():
-    s = configure(train, sys.modules[__name__])
+def main(s):
     s.n_kv_head = s.n_kv_head or s.n_head  # bench.json says how many
     names = chosen(s.contenders)
     kind = pick_device(s.device)
     check_device(kind)
     dtype = pick_dtype(s.dtype, kind)
-    if s.threads:
-        torch.set_num_threads(s.threads)
+    choose_threads(s, s.batch_size * s.block_size, s.threads)
     if s.contender:  # the process of one contender: its row is the last line that it prints
         print(json.dumps(measure_or_reason(s, kind, dtype)))
         return
 
     machine = describe(kind) | {"dtype": str(dtype)}
     path = os.path.join(s.out_dir, "refresh_study.json" if s.refresh_study else "bench.json")
-    save = partial(write_json, path, s, machine)
     # what cannot work is said before anything is measured
     try:
         # a model without memory, to check its shape; 0: whatever s has for other methods
         full_rank = settled(s, "adamw", weight_bits=0)
         find("adamw").build_model(full_rank, "meta", dtype)
         os.makedirs(s.out_dir, exist_ok=True)
-        save([])  # a path that cannot be written
+        with tempfile.TemporaryFile(dir=s.out_dir):  # a folder that cannot be written
+            pass
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     except OSError as e:
         raise SystemExit(f"error: cannot write {path}: {e.strerror}")
 
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if os.path.exists(path):
+        print(f"note: {path} is there from before, and is replaced")
+    save = partial(write_json, path, s, machine)
     if s.refresh_study:
         save(study(s, kind, dtype))
     else:
@@ -141,8 +146,9 @@ def cpu_name():
 
 
 def write_json(path, s, machine, rows):
-    with open(path, "w") as f:
-        json.dump({"settings": s.as_dict(), "machine": machine, "rows": rows}, f, indent=1)
+    with replacing(path) as f:
+        found = {"settings": s.as_dict(), "machine": machine, "rows": rows}
+        f.write(json.dumps(found, indent=1, allow_nan=False).encode())
 
 
 def compare(s, kind, names, save):
@@ -174,9 +180,11 @@ def run(name, s):
     """Run one contender in a process of its own; its row, or the reason why there is none."""
     command = [sys.executable, "-m", "bench", *sys.argv[1:], f"--contender={name}"]
     # memory that one contender took, or a package that it patched, must not reach the next
+    paths = [REPOSITORY, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=s.timeout or None
+            command, env=environment, capture_output=True, text=True, timeout=s.timeout or None
         )
     except subprocess.TimeoutExpired:
         return {"contender": name, "error": f"not done after timeout = {s.timeout:g} s"}
@@ -199,22 +207,25 @@ def table_line(row):
 
 def plot(rows, path):
     """Draw bench.png: peak memory and speed, a bar a contender."""
-    plt = pyplot()
-    size = (9, 1 + 0.45 * len(rows))  # inches
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    figure = new_figure(9, 1 + 0.45 * len(rows))
+    axes = figure.subplots(1, 2, sharey=True)
     names = [row["contender"] for row in rows]
     keys = ("peak_gib", "tokens_per_s_with_refreshes")
-    titles = ("peak memory, GiB", "tokens/s")
-    for ax, key, title in zip(axes, keys, titles):
+    titles = ("peak memory, GiB", "tokens a second, with refreshes")
+    for ax, key, form, title in zip(axes, keys, ("{:.3g}", "{:,.0f}"), titles):
         bars = ax.barh(names, [row.get(key, 0) for row in rows])  # 0: it did not run
-        labels = [f"{row[key]:,.4g}" if key in row else "did not run" for row in rows]
+        labels = [form.format(row[key]) if key in row else "did not run" for row in rows]
         ax.bar_label(bars, labels, padding=3)
         ax.set(title=title)
         ax.margins(x=0.2)  # room for the labels
     axes[0].invert_yaxis()  # the first contender on top
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(s)
+    except KeyboardInterrupt:
+        raise SystemExit("error: stopped; bench.json holds the contenders before")
+    except OSError as e:  # a full disk, most likely
+        raise SystemExit(f"error: {e}")

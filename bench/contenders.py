@@ -9,6 +9,7 @@ last one step in which all bases are due says what a refresh takes. A refresh is
 """
 
 import copy
+import math
 import os
 import statistics
 import time
@@ -17,13 +18,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from bench.peers import PEERS, RATE, prepare_peer
+from bench.peers import RATE, prepare_peer
+from bench.settings import PEERS
 from methods.registry import find
 from qgalore import Parameter, ProjectedWeight, Projection
 from run.device import GIB, flops_per_token, memory_peak, peak_flops
 
-# ours, each a method of train.py's; full rank to compare with; the published optimizers
-CONTENDERS = ["qgalore", "qmuon", "qfira", "adam8bit", "adamw", *PEERS]
 # of a step; a phase inside of another counts only where it is innermost
 PHASES = ["forward", "backward", "projection", "update", "refresh"]
 
@@ -208,6 +208,7 @@ def measure(s, kind, dtype):
     median = statistics.median(steps_ms)
     slowest = max(steps_ms)
     reserved = torch.cuda.max_memory_reserved() / GIB if kind == "cuda" else None
+    losses = torch.stack(training.losses).tolist()
     return {
         "peak_gib": peak_gib(kind) - baseline,  # of training
         "build_peak_gib": build_peak,
@@ -223,7 +224,7 @@ def measure(s, kind, dtype):
         "refresh_share": share,  # of time, at a gap of proj_gap
         "refreshes_seen": seen,  # in the timed steps
         "bases": count,  # weights that are projected
-        "losses": torch.stack(training.losses).tolist(),
+        "losses": [loss if math.isfinite(loss) else None for loss in losses],  # JSON has no NaN
     }
 
 

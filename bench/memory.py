@@ -6,34 +6,45 @@ Draw what a recipe takes, part by part, by several methods: plans, not measureme
 Each bar is the method's own --dry_run plan (run/memory.py) in bfloat16; lines are cards.
 """
 
+import os
 import sys
 
-import torch
-
-import train
-from bench.contenders import settled
+from bench.settings import train_settings
 from configurator import configure
-from run.device import GIB
-from run.memory import memory_plan
-from run.plot import pyplot
 
 # the picture
 methods = "qgalore,qmuon,loqt,galore8bit,adam8bit"  # with commas between them
 image = "out-memory.png"
 
+if __name__ == "__main__":
+    s = configure(train_settings(), sys.modules[__name__])
+
+import torch
+
+from bench.contenders import settled
+from run.device import GIB
+from run.memory import memory_plan
+from run.plot import new_figure, save
+
 CARDS = {"12 GB": 12, "16 GB": 16, "24 GB": 24}  # a card's GB are GiB
 
 
-def main():
-    s = configure(train, sys.modules[__name__])
+def main(s):
     s.pretrained = ""
     s.low_rank = ""
-    plans = {}
-    for name in s.methods.split(","):
-        plans[name] = plan(settled(s, name))
-        print(f"{name:12s} {sum(plans[name].values()) / GIB:6.2f} GiB", flush=True)
     sequences = s.batch_size * s.gradient_accumulation_steps
-    draw(plans, f"{sequences} sequences of {s.block_size} tokens a step", s.image)
+    title = f"{sequences} sequences of {s.block_size} tokens a step"
+    named = [(name, settled(s, name)) for name in s.methods.split(",")]  # a mistype is said first
+    plans = {}
+    try:
+        for name, of_method in named:
+            plans[name] = plan(of_method)
+            print(f"{name:12s} {sum(plans[name].values()) / GIB:6.2f} GiB", flush=True)
+        draw(plans, title, os.path.expanduser(s.image))
+    except ValueError as e:
+        raise SystemExit(f"error: {e}")
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename}: {e.strerror}")
     print(s.image)
 
 
@@ -44,8 +55,8 @@ def plan(s):
 
 def draw(plans, title, path):
     """Bars of {method: {part: bytes}}."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.5 * len(plans)), layout="constrained")
+    figure = new_figure(8, 1.6 + 0.5 * len(plans))
+    axes = figure.subplots()
     parts = list(dict.fromkeys(part for of in plans.values() for part in of))
     left = [0.0] * len(plans)
     for part in parts:
@@ -63,10 +74,9 @@ def draw(plans, title, path):
     axes.margins(x=0.08)
     axes.set_xlabel("GiB, by plan")
     axes.set_title(title, pad=18)
-    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.3))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(parts))
+    save(figure, path)
 
 
 if __name__ == "__main__":
-    main()
+    main(s)

@@ -13,12 +13,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-PEERS = {  # {contender: the module that it needs}
-    "galore": "galore_torch",
-    "q_galore": "q_galore_torch",
-    "apollo": "apollo_torch",
-    "torchao": "torchao.optim",
-}
+from bench.settings import PEERS
+
 # of all contenders: low enough that none diverges on random tokens; time does not depend on it
 RATE = 1e-4
 

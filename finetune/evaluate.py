@@ -71,7 +71,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from finetune.prepare_sft import encode
 from finetune.tokenizer import Tokenizer
@@ -83,6 +82,7 @@ from run.files import check_file, fcntl, lock, parse_json, replacing
 from run.finite import first_not_finite
 from run.records import NotText, decode, matching, open_source, records
 from run.shards import open_shard
+from run.show import Progress
 from run.text import first_line, valid
 
 LOSS_CHUNK = 512  # tokens whose logits exist at once: 512 x 32000 float32 is 62 MiB
@@ -532,8 +532,7 @@ def answer_all(s, model, encoding, items, partial, subject):
     partial: as open_partial gives it; each batch's results are appended to it."""
     done = finished(partial, items, subject, s.task)
     todo = [i for i in range(len(items)) if i not in done]
-    bar = tqdm(total=len(items), initial=len(done), desc=s.task, mininterval=1)
-    with bar:
+    with Progress(s.task, len(items), "items", len(done)) as progress:
         for numbers in batches(items, todo, s.batch_size):
             start = time.perf_counter()
             try:
@@ -546,7 +545,7 @@ def answer_all(s, model, encoding, items, partial, subject):
                 done[i] = {"item": i, "seconds": seconds} | found
                 partial.write(json.dumps(done[i]).encode() + b"\n")
             partial.flush()
-            bar.update(len(numbers))
+            progress.advance(len(numbers))
     return [done[i] for i in range(len(items))]
 
 

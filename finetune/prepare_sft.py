@@ -58,7 +58,6 @@ import re
 import string
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.conversations import conversation, template_fields, unused, without_nothing
 from finetune.tokenizer import Tokenizer
@@ -69,6 +68,7 @@ from run.manifest import (Manifest, alone_in, contents, difference, facts, other
                           same_contents, same_paths, source)
 from run.records import Skipped, matching, records, stem_of, table_or_json
 from run.shards import IN_LOSS, STARTS, part_of, shard_parts
+from run.show import counted
 from run.text import first_line
 
 Example = collections.namedtuple("Example", "tokens flags")  # uint32 and uint8, (length,) each
@@ -404,7 +404,7 @@ def read_examples(paths, enc, s):
         skipped = Skipped()
         not_used = Skipped()
         found = records(path, s.columns)
-        for where, record in tqdm(found, os.path.basename(path), unit=" records", mininterval=1):
+        for where, record in counted(found, os.path.basename(path), "records"):
             total += 1
             try:
                 if isinstance(record, ValueError):

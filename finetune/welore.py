@@ -52,7 +52,6 @@ if __name__ == "__main__":
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from finetune import hf
 from finetune.fields import read_json
@@ -61,6 +60,7 @@ from finetune.hf_load import stored
 from finetune.hf_tokenizer import tokenizer_files
 from model import LLaMA, LLaMAConfig, QLinear
 from run.device import check_device, pick_device
+from run.show import counted
 
 BISECTIONS = 50  # of the threshold
 
@@ -136,7 +136,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
 
     # first all spectra, which share one threshold
     values = {}  # (min(out, in),) float32 each, descending
-    for name in tqdm(matrices, "spectra"):
+    for name in counted(matrices, "spectra", "matrices", len(matrices)):
         values[name] = torch.linalg.svdvals(read(name).float()).cpu()
     low = ranks_of_factors(values, keep, least, uniform)
     if all(k == len(values[name]) for name, k in low.items()):
@@ -147,7 +147,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
 
     # then each matrix once more, to be written whole or as factors
     def tensors():
-        for name in tqdm(shapes, "factors"):
+        for name in counted(shapes, "factors", "matrices", len(shapes)):
             w = read(name)
             if name not in low:
                 yield name, w

@@ -115,6 +115,14 @@ class Progress:
         self.close()
 
 
+def counted(items, name, unit, total=None):
+    """Yield items, and show how many there were."""
+    with Progress(name, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
 def first_rank():
     """Whether this is the first of torchrun's processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"

@@ -308,9 +308,9 @@ def kill_now(job, rank=0):
     job.processes[rank].join()
 
 
-def signal_to(job, number):
-    """Send a signal to the first process; one that has ended gets none."""
-    process = job.processes[0]
+def signal_to(job, number, rank=0):
+    """Send a signal to a process; one that has ended gets none."""
+    process = job.processes[rank]
     if process.is_alive():
         os.kill(process.pid, number)
 
@@ -413,7 +413,7 @@ def other_value(random, value, allowed):
     for choice in choices:
         if isinstance(value, int) and isinstance(choice, float):
             continue
-        if choice != value and (allowed is None or allowed.holds(choice)):
+        if choice not in (value, "auto") and (allowed is None or allowed.holds(choice)):
             right.append(choice)
     return random.choice(right[:4])
 

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 import prepare_c4
 import train
+from bench.settings import train_settings
 from configurator import configure, declarations
 from finetune import chat, hf, hf_files, prepare_sft, welore
 from finetune.paths import is_hub_name
@@ -2752,6 +2753,23 @@ def test_hours_and_memory_of_a_run_are_of_its_log(tmp_path):
     entries[7] |= {"peak_memory_gb": 3.5}
     run = plot.Summary(run_folder_with(tmp_path / "out", *entries))
     assert run.hours == pytest.approx(800 / 2 / 3600) and run.peak == 3.5
+
+
+@pytest.mark.parametrize("name", ["bench", "bench.memory", "run.plot"])
+def test_a_mistyped_command_is_answered_without_torch(name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise AssertionError('loaded')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for word in ("nonexistent", "--image", "--no_such_setting=1"):
+        process = script(name, word, env=environment)
+        out, err = process.communicate()
+        one_line_error((process.returncode, out, err), word.removeprefix("--").partition("=")[0])
+
+
+def test_bench_has_the_settings_of_train_py():
+    alone, whole = declarations(train_settings()), declarations(train)
+    assert list(alone) == list(whole)
+    assert all(alone[name].default == found.default for name, found in whole.items())
+    assert str(alone["batch_size"].allowed) == str(whole["batch_size"].allowed)
 
 # -----------------------------------------------------------------------------
 # what people type

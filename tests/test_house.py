@@ -314,7 +314,7 @@ def fault_of(command):
     path, args = program(command)
     if path is None:
         return None
-    if path not in SOURCE:
+    if path not in FILES:
         return f"there is no {path}"
     modules, ignore_unknown = configured(path)
     known = {}
