@@ -520,6 +520,7 @@ def _rows(stream, kind, columns):
     else:
         rows = csv.reader(_lines(stream), strict=True)
     names = [name.strip() for name in columns.split(",")] if columns else None
+    _check_names(names or [], "columns")
     while True:
         where = f"line {rows.line_num + 1}"  # where the row begins
         try:

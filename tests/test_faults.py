@@ -1511,6 +1511,27 @@ def test_compressed_data_of_another_name(tmp_path, name, content):
     assert name in line and "unpack it, or name it" in line
 
 
+@pytest.mark.parametrize("text, why", [
+    ("{prompt.upper}", "named in brackets"),
+    ("{prompt[a].b}", "named in brackets"),
+    ("{}", "needs a name"),
+])
+def test_a_template_names_no_python(text, why):
+    assert why in refused(prepare_sft.template, "prompt", text)
+
+
+def test_a_template_writes_no_huge_text():
+    assert prepare_sft.fill("{a:>4}{b[x.y]}", {"a": "p", "b": {"x.y": 5}}) == "   p5"
+    for template in ("{a:>1000000000000}", "{a:{b}}"):
+        with pytest.raises(ValueError, match="more than 9,999"):
+            prepare_sft.fill(template, {"a": "p", "b": 10**12})
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "x.tsv").write_text("a\tb\n")
+    assert "'text'" in refused(list, records.records(str(tmp_path / "x.tsv"), "text,text"))
+
+
 def test_a_table_without_a_column_of_text(tmp_path):
     (tmp_path / "x.csv").write_text("Text;label\nabc;1\n")
     line = refused(prepare, input=str(tmp_path / "x.csv"), out_dir=str(tmp_path / "o"),
