@@ -269,9 +269,11 @@ def write_tokens(f, job, file, enc, map_blocks):
 
     left_out.say(file)
     if made["tokens"] == 0:
+        expected = 'JSON with a string "text"'
+        if kind in ("csv", "tsv"):
+            expected = 'rows with a "text", which is to be a name in the first one'
         raise SystemExit(
-            f"error: {file}: no text: leave it out "
-            f'({made["skipped"]} lines are not JSON with a string "text")'
+            f"error: {file}: no text: leave it out ({made['skipped']} lines are not {expected})"
         )
     if kind == "txt":  # one document, which came in pieces
         f.write(np.array([enc.eot_token], token_dtype(enc.n_vocab)))

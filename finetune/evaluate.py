@@ -79,6 +79,7 @@ from run.checkpoint import checkpoint_paths, load_model
 from run.device import check_device, memory_peak, pick_device
 from run.encodings import fingerprint, get_encoding
 from run.files import check_file, fcntl, lock, parse_json, replacing
+from run.finite import first_not_finite
 from run.records import NotText, decode, matching, open_source, records
 from run.shards import open_shard
 from run.show import Progress
@@ -141,6 +142,9 @@ def load(s, kind):
         model, name = load_model(s.model, kind, dtype, s.weight_bits)
     except ValueError as e:
         raise SystemExit(f"error: {first_line(e)}")
+    bad = first_not_finite(model)
+    if bad:
+        raise SystemExit(f"error: {s.model}: weight {bad} is not finite: nothing can be evaluated")
     return model, get_encoding(name)
 
 

@@ -265,9 +265,12 @@ def template(name, text):
     try:
         parts = string.Formatter().parse(text)
         fields = [field for _, field, _, _ in parts if field is not None]
-        if all(re.match(r"[^\W\d]", field) for field in fields):
+        if not all(re.match(r"[^\W\d]", field) for field in fields):
+            why = "a field needs a name"
+        elif any("." in re.sub(r"\[[^]]*\]", "", field) for field in fields):
+            why = "a part of a field is named in brackets, as {answers[text]}"  # not Python's own
+        else:
             return text
-        why = "a field needs a name"
     except ValueError as e:
         why = first_line(e)
     raise SystemExit(f"error: {name}={text!r}: {why}; write {{field}}, and {{{{ for a brace")
@@ -279,6 +282,8 @@ class Filled(string.Formatter):
     def format_field(self, value, spec):
         if isinstance(value, (list, dict)):
             raise ValueError("a field is a list or an object: name its part, as {answers[0]}")
+        if re.search(r"\d{5}", spec):
+            raise ValueError(f"{spec} makes a text of more than 9,999 characters")
         return super().format_field(value, spec)
 
 

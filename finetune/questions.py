@@ -86,7 +86,7 @@ def read_records(s):
     words = []
     if s.task == "choice":
         words = [word.strip() for word in s.labels.split(",")]
-        if len(set(words)) < max(2, len(words)):
+        if len(set(words)) < max(2, len(words)) or "" in words:
             raise SystemExit(f"error: labels={s.labels}: expected two or more, all different")
     prompt = template("prompt", s.prompt)
     completion = template("completion", s.completion or (" {label}" if words else " {answer}"))

@@ -20,6 +20,7 @@ import importlib
 import itertools
 import os
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ LLAMA3_SPLIT = (
 )
 
 MOST = 2**24  # tokens of a vocabulary, gaps among them
+LETTERS = string.ascii_lowercase + string.digits  # what every vocabulary spells, or calls unknown
 
 # the special tokens of LLaMA-3.1 that have a use, by their place after the ranks; 256 are reserved
 LLAMA3_SPECIAL = {
@@ -254,8 +256,9 @@ def _read_json(path):
         tokenizer.no_truncation()  # the file may ask for both
         tokenizer.no_padding()
         ids = tokenizer.get_vocab(with_added_tokens=True)
-        if not ids:
-            raise ValueError("its vocabulary is empty")
+        lost = [c for c in LETTERS if not tokenizer.encode(c, add_special_tokens=False).ids]
+        if lost:  # without an unknown token, what is in no token is left out, and nobody says so
+            raise ValueError(f"no token spells {' '.join(lost)}: texts would lose them")
     except Exception as e:  # the library raises plain Exception
         raise ValueError(f"{path}: not a whole tokenizer.json ({first_line(e)}); get it again")
     _check_ids(ids, path)

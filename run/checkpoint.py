@@ -157,7 +157,7 @@ def restoring(path):
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        why = f"{type(e).__name__}: {first_line(e)}"
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"  # torch's takes many lines
         raise SystemExit(f"error: {path} does not fit this run: {why}")
 
 
@@ -240,6 +240,8 @@ def load_model(path, device, dtype=None, weight_bits=8):
         saved = weights["embed.weight"].dtype
     with restoring(newest):
         s = Settings(**checkpoint["config"], given={})
+        if not isinstance(s.encoding, str):
+            raise ValueError(f"encoding is {s.encoding!r}, and no text")
         model = find(s.method).build_model(s, device, dtype or saved)
         model.load_state_dict(weights)
     return model, s.encoding

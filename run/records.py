@@ -42,6 +42,7 @@ BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # how such data starts
 
 
 def matching(pattern, name="input"):
@@ -151,6 +152,12 @@ class Source(io.RawIOBase):
             self.size = os.fstat(self.file.fileno()).st_size
             self.stream = decompressed(self.file, path)
             start = self._read(4)
+        for mark, kind in COMPRESSED.items():
+            if start.startswith(mark):
+                raise SystemExit(
+                    f"error: {path}: holds data of {kind}, which its name does not tell: "
+                    f"unpack it, or name it as it is ({ENDINGS})"
+                )
         for mark, encoding in BOMS.items():
             if start.startswith(mark):
                 start = start[len(mark) :]
@@ -415,8 +422,18 @@ def _has_a_value_a_line(start, kind):
     if line.startswith(b"["):
         # a .jsonl may have lists of numbers by mistake; one of records is the whole file
         return kind == "jsonl" and not re.match(rb"\[\s*(\{|$)", line)
-    breaks_off = newline and line.startswith(b"{") and line.endswith((b"{", b"[", b","))
-    return not breaks_off or rest.lstrip().startswith(b"{")
+    if not newline or not line.startswith(b"{"):
+        return True
+    # a value goes on in the next line if what is no JSON, or no JSON yet, comes after its start
+    text = (line + b"\n" + rest.lstrip()).decode(errors="replace")
+    first = text.index("\n")
+    try:
+        _, end = json.JSONDecoder(parse_int=str).raw_decode(text)
+    except json.JSONDecodeError as e:
+        end = e.pos
+    except RecursionError:
+        end = 0
+    return end <= first + 1
 
 
 def _values(stream):
@@ -503,6 +520,7 @@ def _rows(stream, kind, columns):
     else:
         rows = csv.reader(_lines(stream), strict=True)
     names = [name.strip() for name in columns.split(",")] if columns else None
+    _check_names(names or [], "columns")
     while True:
         where = f"line {rows.line_num + 1}"  # where the row begins
         try:

@@ -51,7 +51,7 @@ from prepare_c4 import check_made_of, prepare
 from qgalore import Projection, QGaLore
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from run import data, folder as run_folder, manifest, memory, plot, records, show
-from run.checkpoint import Damaged, load_checkpoint, read_checkpoint, starting_model
+from run.checkpoint import Damaged, load_checkpoint, load_model, read_checkpoint, starting_model
 from run.data import Windows, open_windows
 from run.device import choose_threads
 from run.encodings import fingerprint, get_encoding
@@ -1483,6 +1483,62 @@ def test_an_example_of_a_million_spaces_is_cut(tmp_path, monkeypatch):
     [row] = rows_of(tmp_path / "out/x_train_00000.bin")
     assert bytes(row) == b"ab" + b" " * 62
 
+@pytest.mark.parametrize("content, kept", [
+    ('{"data": [\n{"text": "a"},\n{"text": "b"}\n]}', 0),  # one record, which has no text
+    ('{"text": "a", "of": [\n{"b": 1},\n{"b": 2}]}\n{"text": "c"}\n', 2),
+    ('{"text": "a",\n"n": ' + "9" * 5000 + '}', None),  # refused: no number of that size
+    ('{"text": "cut of\n{"text": "b"}\n{"text": "c"}\n', 2),  # the first line is damaged
+    ('{"text": "cut",\n{"text": "b"}\n{"text": "c"}\n', 2),
+])
+def test_lines_are_records_where_each_is_one(tmp_path, content, kept):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    if kept is None:
+        assert "record 1" in refused(list, records.records(str(path)))
+        return
+    found = [record for _, record in records.records(str(path)) if isinstance(record, dict)]
+    assert sum("text" in record for record in found) == kept
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.jsonl", gzip.compress(b'{"text": "a"}')),
+    ("x.txt.gz", gzip.compress(gzip.compress(b"twice"))),
+    ("x.csv", b"\x28\xb5\x2f\xfd" + b"of zstd"),
+])
+def test_compressed_data_of_another_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    line = refused(open_source, str(tmp_path / name))
+    assert name in line and "unpack it, or name it" in line
+
+
+@pytest.mark.parametrize("text, why", [
+    ("{prompt.upper}", "named in brackets"),
+    ("{prompt[a].b}", "named in brackets"),
+    ("{}", "needs a name"),
+])
+def test_a_template_names_no_python(text, why):
+    assert why in refused(prepare_sft.template, "prompt", text)
+
+
+def test_a_template_writes_no_huge_text():
+    assert prepare_sft.fill("{a:>4}{b[x.y]}", {"a": "p", "b": {"x.y": 5}}) == "   p5"
+    for template in ("{a:>1000000000000}", "{a:{b}}"):
+        with pytest.raises(ValueError, match="more than 9,999"):
+            prepare_sft.fill(template, {"a": "p", "b": 10**12})
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "x.tsv").write_text("a\tb\n")
+    assert "'text'" in refused(list, records.records(str(tmp_path / "x.tsv"), "text,text"))
+
+
+def test_a_table_without_a_column_of_text(tmp_path):
+    (tmp_path / "x.csv").write_text("Text;label\nabc;1\n")
+    line = refused(prepare, input=str(tmp_path / "x.csv"), out_dir=str(tmp_path / "o"),
+                   encoding="bytes", workers=1)
+    assert 'a "text", which is to be a name in the first' in line
+
+
 # -----------------------------------------------------------------------------
 # arithmetic
 
@@ -2175,6 +2231,26 @@ def test_a_fork_has_a_renderer_of_its_own():
     assert os.read(read, 9) == b"3"
     os.waitpid(pid, 0)
     assert chat.render("{{ 2 + 2 }}", {}) == "4"
+
+
+def test_a_vocabulary_spells_letters(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "c")
+    found = read_json(tmp_path / "c" / "tokenizer.json")
+    vocabulary = found["model"]["vocab"]
+    vocabulary["missing"] = vocabulary.pop("t")
+    write_json(tmp_path / "c" / "tokenizer.json", found)
+    assert "no token spells t: texts would lose" in refusal(get_tokenizer, str(tmp_path / "c"))
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_why(tmp_path):
+    config = settings(*TINY_RUN).as_dict()
+    model = LLaMA(LLaMAConfig(block_size=32, vocab_size=61, n_layer=1, n_head=2, n_embd=16))
+    weights = model.state_dict()
+    parts = {"format": 3, "optimizer": {}, "iter": 0, "position": 0}
+    for encoding, word in ((5, "encoding is 5"), ("bytes", "Missing key(s)")):
+        changed = config | {"encoding": encoding}
+        torch.save(parts | {"config": changed, "model": weights}, tmp_path / "ckpt.pt")
+        assert word in refused(load_model, str(tmp_path), "cpu")
 
 
 # -----------------------------------------------------------------------------
