@@ -2,6 +2,7 @@
 What the tests share: a tiny model, tokens, and train.py and other scripts run as processes.
 """
 
+import glob
 import json
 import os
 import random
@@ -164,6 +165,26 @@ def read_log(out_dir):
                     assert (line["iter"], what) not in entries
                     entries[line["iter"], what] = line[what]
     return entries
+
+
+def refused(function, *args, **kwargs):
+    """The one line with which a function exits."""
+    with pytest.raises(SystemExit) as e:
+        function(*args, **kwargs)
+    line = str(e.value)
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+def contents(folder):
+    """{path within: what is in it} of a folder's files."""
+    found = {}
+    for name in glob.glob("**", root_dir=folder, recursive=True):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                found[name] = f.read()
+    return found
 
 
 def one_line_error(result, *words):

@@ -21,22 +21,12 @@ from run.checkpoint import FORMAT, checkpoint_paths, load_checkpoint, save_check
 from run.data import Windows
 from run.shards import write_shard
 from run.stop import Stop
-from tests.common import HERE, TINY_RUN, Job, check_run, one_line_error, read_log, run, script
+from tests.common import (HERE, TINY_RUN, Job, check_run, contents, one_line_error, read_log, run,
+                          script)
 
 
 def arguments(shards, out_dir, *more):
     return [f"--data_dir={shards}", f"--out_dir={out_dir}", *TINY_RUN, *more]
-
-
-def contents(folder):
-    """{path within: what is in it} of a folder's files."""
-    found = {}
-    for name in glob.glob("**", root_dir=folder, recursive=True):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, "rb") as f:
-                found[name] = f.read()
-    return found
 
 
 def damage(path):
