@@ -285,7 +285,7 @@ def configured(path):
     module = importlib.import_module(module_name(path))
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "configure":
-            modules = [train if ast.unparse(arg) == "train" else module for arg in node.args]
+            modules = [train if ast.unparse(arg).startswith("train") else module for arg in node.args]
             return modules, any(keyword.arg == "ignore_unknown" for keyword in node.keywords)
     raise AssertionError(f"{path} has no settings")
 
