@@ -272,5 +272,6 @@ def refuse_what_does_not_fit(plan, free, device):
     lower = LOWER.get(largest, "n_layer or n_embd")
     raise SystemExit(
         f"error: this run needs {need / GIB:.2f} GiB or more, and {device} has "
-        f"{free / GIB:.2f} free; of which {largest} {plan[largest] / GIB:.2f}: lower {lower} (--dry_run=True lists all)"
+        f"{free / GIB:.2f} free; of which {largest} {plan[largest] / GIB:.2f}: "
+        f"lower {lower} (--dry_run=True lists all)"
     )

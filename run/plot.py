@@ -221,8 +221,7 @@ def save(figure, path):
 
 
 def plain(text, most=60):
-    """A name or path as matplotlib shows it unchanged: $ begins no formula; long ones lose their
-    middle."""
+    """A name as matplotlib shows it unchanged: $ begins no formula. A long one loses its middle."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     if len(text) > most:
         text = text[: most // 2] + "..." + text[-most // 2 :]
