@@ -103,8 +103,11 @@ def _plan_deep(s, n, due, weight_dtype, dtype):
     It is exact but for gaps of two steps, where it is too high: more weights are due than have the
     largest sketch, and all are taken for such."""
     all_due = s.proj_gap == 1
-    few, peaks_few = _plan(s, FEW, MATRICES * FEW if all_due else min(due, FEW), weight_dtype, dtype)
-    more, peaks = _plan(s, MORE, MATRICES * MORE if all_due else min(due, FEW), weight_dtype, dtype)
+    due_few = due_more = min(due, FEW)
+    if all_due:
+        due_few, due_more = MATRICES * FEW, MATRICES * MORE
+    few, peaks_few = _plan(s, FEW, due_few, weight_dtype, dtype)
+    more, peaks = _plan(s, MORE, due_more, weight_dtype, dtype)
     plan = {part: _extrapolate(few[part], more[part], n) for part in few}
     peaks_n = [_extrapolate(a, b, n) for a, b in zip(peaks_few, peaks)]
     if due > FEW and not all_due:  # what each weight more that is due adds
@@ -268,6 +271,7 @@ def refuse_what_does_not_fit(plan, free, device):
         largest = "sums of micro-batches"
     lower = LOWER.get(largest, "n_layer or n_embd")
     raise SystemExit(
-        f"error: this run needs {need / GIB:.2f} GiB or more, and {device} has {free / GIB:.2f} free; "
-        f"of which {largest} {plan[largest] / GIB:.2f}: lower {lower} (--dry_run=True lists all)"
+        f"error: this run needs {need / GIB:.2f} GiB or more, and {device} has "
+        f"{free / GIB:.2f} free; of which {largest} {plan[largest] / GIB:.2f}: "
+        f"lower {lower} (--dry_run=True lists all)"
     )

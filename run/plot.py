@@ -79,7 +79,7 @@ def _refreshes(found):
 class Curve:
     """Points in their order. Of many, means of as many neighbours each are kept, and their range.
 
-    points: [(x of the last, mean, lowest, highest)], between POINTS and 2 * POINTS of a long log."""
+    points: [(x of the last, mean, lowest, highest)], POINTS to 2 * POINTS of a long log."""
 
     def __init__(self):
         self.points = []
@@ -167,7 +167,7 @@ class Summary:
         self.by_hours = Curve()  # validation loss by hours of training
         self.subspaces = SubspaceMap()
         self.peak = 0.0  # GiB
-        self.hours = 0.0  # of training steps: what interruptions and evaluations took does not count
+        self.hours = 0.0  # of training steps; interruptions and evaluations do not count
         path = os.path.join(folder, "log.jsonl")
         self.tokens = 0  # of the last line of training
         for entry in read_log(path):
@@ -221,9 +221,8 @@ def save(figure, path):
 
 
 def plain(text, most=60):
-    """A name or path as matplotlib shows it unchanged: $ begins no formula; long ones lose their
-    middle."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    """A name as matplotlib shows it unchanged: $ begins no formula. A long one loses its middle."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
     if len(text) > most:
         text = text[: most // 2] + "..." + text[-most // 2 :]
     return text.replace("$", r"\$")
@@ -406,7 +405,7 @@ def unit_of_time(hours):
 
 
 def distinct_names(folders):
-    """A name for each folder: its last part, or if others share that as much as tells them apart."""
+    """A name for each folder: its last part, or if others share that what tells them apart."""
     paths = [os.path.abspath(folder) for folder in folders]
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) == len(set(paths)):

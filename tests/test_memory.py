@@ -74,8 +74,6 @@ def test_the_memory_plan_is_what_a_real_step_takes(flags):
     "--gradient_accumulation_steps=2 --proj_svd=True",
     "--gradient_accumulation_steps=2 --proj_gap=1",
     "--gradient_accumulation_steps=2 --proj_gap=3",  # more are due than two blocks have
-    "--proj_gap=3",
-    "--gradient_accumulation_steps=2 --proj_gap=3 --proj_svd=True",
     "--method=loqt --weight_bits=8",
 ])
 def test_a_deep_models_plan_comes_from_two_shallow_ones(flags, monkeypatch):
