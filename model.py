@@ -14,6 +14,7 @@ hands its gradient's two factors, x and dy, to a hook that the optimizer sets (s
 
 import re
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -180,8 +181,8 @@ class _QLinearFunction(torch.autograd.Function):
             layer.uses.add(ctx)
             ctx.within = torch._C._current_graph_task_id()  # a checkpoint's backward, or -1: none
         if layer.matmul == "int8":
-            y = matmul_int8(x.flatten(0, -2), layer.q, layer.scale, layer.zero)
-            return y.unflatten(0, x.shape[:-1])
+            y = matmul_int8(x.reshape(-1, x.shape[-1]), layer.q, layer.scale, layer.zero)
+            return y.reshape(*x.shape[:-1], layer.out_features)
         return F.linear(x, layer.base_weight(x.dtype))
 
     @staticmethod
@@ -192,8 +193,9 @@ class _QLinearFunction(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             pass  # the model's input
         elif layer.matmul == "int8":
-            dx = matmul_transposed_int8(dy.flatten(0, -2), layer.q, layer.scale, layer.zero)
-            dx = dx.unflatten(0, dy.shape[:-1])
+            rows = dy.reshape(-1, dy.shape[-1])
+            dx = matmul_transposed_int8(rows, layer.q, layer.scale, layer.zero)
+            dx = dx.reshape(*dy.shape[:-1], layer.in_features)
         else:
             dx = dy @ layer.base_weight(dy.dtype)
         if saved:  # after dx, because the hook steps the weight
@@ -202,7 +204,8 @@ class _QLinearFunction(torch.autograd.Function):
                 layer.uses.discard(ctx)
                 task = torch._C._current_graph_task_id()
                 layer.task = task if ctx.within == -1 else ctx.within
-            layer.hook(layer, saved[0].flatten(0, -2), dy.flatten(0, -2))
+            x = saved[0].reshape(-1, layer.in_features)
+            layer.hook(layer, x, dy.reshape(-1, layer.out_features))
         return dx, None, None
 
 
@@ -211,13 +214,17 @@ def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
 
     pattern: a regular expression that their names match (re.search; "" matches all). A Linear that
     does not require grad becomes a QLinear that does not train. Returns the names; raises
-    ValueError if there is none."""
+    ValueError if there is none, or if the weight of one has a second place in the model."""
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     names = [name for name in linears if re.search(pattern, name)]
     if not names:
         raise ValueError(f"no torch Linear in the model has a name that matches {pattern!r}")
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in names:
         old = model.get_submodule(name)
+        if places[id(old.weight)] > 1:  # as of a tied head
+            raise ValueError(f"{name}'s weight has another place in the model, from which a QLinear"
+                             " would part it: choose a pattern without it")
         shape = old.in_features, old.out_features
         layer = QLinear(*shape, bits=bits, group_size=group_size, device="meta")
         layer.set_weight(old.weight.detach())

@@ -20,7 +20,7 @@ from methods.fira import limit_growth_
 from methods.muon import Momentum, orthogonal_
 from methods.natural_galore import NaturalGaLore
 from methods.registry import METHODS, find
-from model import LLaMA, QLinear
+from model import LLaMA, QLinear, quantize_linears
 from qgalore import Projection, QGaLore
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from run.finite import first_not_finite
@@ -585,3 +585,29 @@ def test_muons_momentum_forgets_micro_batches_that_are_dropped(moments):
     optimizer.accumulating = False
     model(*tokens(vocab=257, seed=3)).backward()
     assert first_not_finite(model) is None and weight.ended
+
+
+def test_a_weight_of_two_places_is_not_parted():
+    tied = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight
+    twice = torch.nn.Linear(8, 8)
+    for model in (tied, torch.nn.Sequential(twice, torch.nn.ReLU(), twice)):
+        before = list(model.modules())
+        with pytest.raises(ValueError, match="0's weight has another place"):
+            quantize_linears(model)
+        assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize("matmul", ["float", "int8"])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 3, 8), (0, 8)])
+def test_an_input_of_any_number_of_dimensions(shape, matmul):
+    layer = QLinear(8, 4, group_size=8, matmul=matmul)
+    seen = []
+    layer.hook = lambda layer, x, dy: seen.append((tuple(x.shape), tuple(dy.shape)))
+    x = torch.ones(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 4)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    rows = math.prod(shape[:-1])
+    assert seen == [((rows, 8), (rows, 4))]
