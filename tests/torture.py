@@ -521,7 +521,6 @@ def export_killed(t):
     """finetune.hf is killed, up to three times: the folder is whole or not there"""
     args = [f"--out_dir={t.stock.recipes['qgalore'].whole}", "--export={}"]
     killed_and_repeated(t, "finetune/hf.py", args)
-    assert not temporary(t.folder), temporary(t.folder)
 
 
 def killed_and_repeated(t, path, args):
@@ -538,6 +537,8 @@ def killed_and_repeated(t, path, args):
     if path != "finetune/hf.py" or not os.path.exists(made):  # a folder that exists is refused
         code, out, err = t.run(*args, path=path)
         assert code == 0, err[-600:]
+        for left in temporary(t.folder):
+            assert left in out, f"{left} is left, and not said"
     now = contents(made)
     wrong = [name for name in now.keys() | right if now.get(name) != right.get(name)]
     assert not wrong, f"{wrong} are not what an undisturbed command makes"
