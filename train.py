@@ -303,7 +303,7 @@ class Run:
             if i % self.ranks.size == self.ranks.rank:
                 with self.autocast:
                     loss += self.model(x, y, documents=documents).item() * weight
-        return self.ranks.total(loss) / max(1, counted)
+        return self.ranks.total(loss) / (counted or math.nan)  # nan: there is no target
 
     def report(self, loss, lr):
         """Log the step that was just taken; returns the entry."""
