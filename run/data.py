@@ -167,8 +167,23 @@ class Windows:
                 f"{self.vocab_size}"
             )
         check_length(path, shard, self.block_size)
+        if not shard.n_vocab:  # llm.c's: what does not fit is said now, not weeks later
+            self._check_tokens(path, shard)
         if shard.row:
             check_flags(path, shard)
+
+    def _check_tokens(self, path, shard):
+        """Exit with one line if a token is beyond the model, or beyond its encoding."""
+        largest = shard.tokens.max()  # an embedding of vocab_size rows has none for a larger one
+        if largest >= self.vocab_size:
+            raise SystemExit(
+                f"error: {path}: token {largest} is beyond vocab_size {self.vocab_size}"
+            )
+        if self.n_vocab and largest >= self.n_vocab:  # of a shard that does not tell its tokenizer
+            raise SystemExit(
+                f"error: {path}: token {largest} is beyond the {self.n_vocab} of the run's "
+                "encoding: set --encoding to the one that made it"
+            )
 
     def _windows_in(self, shard):
         if shard.row:
@@ -240,16 +255,7 @@ class Windows:
         opened = open_shard(path)
         if self._windows_in(opened) != self.sizes[shard] or (opened.row > 0) != self.rows:
             raise SystemExit(f"error: {path}: another file took its place while the run reads it")
-        largest = opened.tokens.max()  # an embedding of vocab_size rows has none for a larger one
-        if largest >= self.vocab_size:
-            raise SystemExit(
-                f"error: {path}: token {largest} is beyond vocab_size {self.vocab_size}"
-            )
-        if self.n_vocab and largest >= self.n_vocab:  # of a shard that does not tell its tokenizer
-            raise SystemExit(
-                f"error: {path}: token {largest} is beyond the {self.n_vocab} of the run's "
-                "encoding: set --encoding to the one that made it"
-            )
+        self._check_tokens(path, opened)
         self.shard = shard
         self.tokens = opened.tokens
         self.flags = opened.flags

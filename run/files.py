@@ -35,7 +35,10 @@ def replacing(path):
             yield f
             # on the disk before it has the name: a power cut leaves the old file or the new one
             sync(f)
-        os.replace(f.name, path)
+        try:
+            os.replace(f.name, path)
+        except OSError as e:  # it names the temporary file
+            raise OSError(e.errno, e.strerror, path)
         sync_folder(os.path.dirname(path))
     except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):

@@ -334,6 +334,11 @@ def settled(out_dir, *args):
     return s
 
 
+def test_a_runs_folder_is_no_model_to_start_from(trained, tmp_path):
+    started = run("train.py", f"--out_dir={tmp_path}/x", f"--init_from={trained[0]}")
+    one_line_error(started, "is a run's folder", f"--out_dir={trained[0]} --init_from=resume")
+
+
 def test_a_bare_resume_takes_all_from_the_checkpoint(trained, capsys):
     s = settled(trained[0])
     saved = torch.load(trained[0] / "ckpt.pt", weights_only=True)["config"]

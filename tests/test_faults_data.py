@@ -288,7 +288,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
 def test_a_token_beyond_the_runs_encoding_is_refused(tmp_path):
     write_shard(f"{tmp_path}/x_train_0.bin", np.arange(500), 0)
     s = settings(f"--data_dir={tmp_path}", "--encoding=bytes", "--block_size=8")
-    assert "token 499 is beyond the 257" in refused(open_windows(s, "train", 0).batch, 1)
+    assert "token 499 is beyond the 257" in refused(open_windows, s, "train", 0)
 
 
 def test_shards_of_two_tokenizers_do_not_mix(tmp_path):
