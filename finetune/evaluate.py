@@ -78,7 +78,7 @@ from prepare_c4 import encode_long
 from run.checkpoint import checkpoint_paths, load_model
 from run.device import check_device, memory_peak, pick_device
 from run.encodings import fingerprint, get_encoding
-from run.files import check_file, fcntl, lock, parse_json, replacing
+from run.files import check_file, lock, parse_json, replacing
 from run.finite import first_not_finite
 from run.records import NotText, decode, matching, open_source, records
 from run.shards import open_shard
@@ -219,7 +219,7 @@ def open_partial(path):
     if os.path.exists(path):
         check_file(path)
     with open(path, "a+b") as f:
-        if fcntl and not lock(f):
+        if lock(f) is False:
             raise SystemExit(f"error: {path}: another process evaluates this: wait for it")
         try:
             yield f

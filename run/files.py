@@ -90,13 +90,15 @@ def sync_folder(path):
 
 
 def lock(f):
-    """Lock an open file for this process; False if another process has it, or none can be had."""
+    """Lock an open file: True, or False if another process has it, or None if none can be had."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return None
     return True
 
 

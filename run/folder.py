@@ -42,10 +42,11 @@ class Folder:
         return self
 
     def __exit__(self, kind, error, traceback):
+        held = self.lock is not None
         self.release()
         if kind is KeyboardInterrupt:
             saved = "nothing was saved"
-            if self.lock is not None and checkpoint_paths(self.now):
+            if held and checkpoint_paths(self.now):
                 saved = "not saved: --init_from=resume takes the last checkpoint"
             raise SystemExit(f"error: stopped, {saved}")
         if isinstance(error, OSError):  # a full disk, most likely
@@ -65,7 +66,7 @@ class Folder:
         name = os.path.join(self.path, LOCK)
         while True:
             f = open(name, "a+")
-            if not lock(f):
+            if lock(f) is False:
                 f.seek(0)
                 holder = f.read().strip() or "another process"
                 raise SystemExit(

@@ -26,6 +26,7 @@ import train
 from bench.settings import train_settings
 from configurator import configure, declarations
 from methods.registry import find
+from run import files
 from run import folder as run_folder, memory, plot, show
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint
 from run.device import choose_threads
@@ -164,6 +165,29 @@ def test_one_process_trains_in_a_folder(a_copy):
         assert code == 0 and "--- resume: val loss " in out, err
         assert contents(out_dir) == before
     assert not os.path.exists(out_dir / "lock")
+
+
+@pytest.mark.parametrize("where", ["windows", "no locks"])
+def test_where_no_lock_can_be_had_a_run_goes_on(a_copy, monkeypatch, where):
+    def no_locks(f, how):
+        raise OSError(37, "No locks available")
+
+    if where == "windows":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with Folder(str(a_copy[0])) as folder:
+        folder.hold()
+        assert folder.lock is not None
+
+
+@pytest.mark.parametrize("has_run,words", [(True, "takes the last"), (False, "nothing was saved")])
+def test_a_stop_speaks_of_the_checkpoint_that_there_is(a_copy, tmp_path, has_run, words):
+    out_dir = a_copy[0] if has_run else tmp_path / "new"
+    out_dir.mkdir(exist_ok=True)
+    with pytest.raises(SystemExit, match=words), Folder(str(out_dir)) as folder:
+        folder.hold()
+        raise KeyboardInterrupt
 
 
 def test_an_evaluation_alone_is_of_the_run_that_is_there(a_copy):
