@@ -2,7 +2,7 @@
 The number formats of Q-GaLore: INT8 weights, packed INT4 projections, stochastic rounding.
 
 Both formats are group-wise and affine. A row is cut into groups of `group_size` along its last
-dimension (the last group may be short), and each group keeps two float32 numbers:
+dimension (the last group may be short; 0: all of it), and each keeps two float32 numbers:
 
     value = scale * code + zero         code in -128..127 (INT8) or -8..7 (INT4)
 
@@ -13,8 +13,8 @@ The group's smallest and largest values, low and high, fall exactly on the end c
 No value is clipped. So with stochastic rounding the quantiser is unbiased, and a group that is
 quantised again unchanged keeps its codes. (An integer zero point, as in the paper's code, clamps
 one end of almost every group: repeated at every step it is a hidden weight decay.) The cost is
-8 bytes a group, 3 % of INT8 weights at the paper's group of 256. Group sizes are powers of two:
-they follow from the shapes of codes and scales, and dequantising needs no argument for them.
+8 bytes a group: a row of a weight, or 256 elements of a moment, basis or activation. Group sizes
+are powers of two: they follow from the shapes of codes and scales.
 
 Steps in place, such as add_low_rank_int8_, dequantise, add, round and quantise again. Their random
 numbers are counted (kernels/random.py), so that a resumed run, a CPU and a GPU round alike.
@@ -30,7 +30,7 @@ from kernels.launch import with_kernel
 from kernels.nf4 import bitsandbytes, dequantize_nf4, quantize_nf4  # noqa: F401, for `from quant`
 from kernels.random import random_int16, random_key, rounding_key, uniform  # noqa: F401
 
-GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
+GROUP_SIZE = 256  # the paper's (section 3.1)
 BLOCK = 2**19  # weights updated at once: six float32 temporaries of 2 MiB each stay in cache
 CHUNK = 2**22  # elements made float32 at once, where no kernel keeps them in registers
 
@@ -40,11 +40,11 @@ def quantize_int8(w, group_size=GROUP_SIZE):
 
     w: (rows, cols) float, finite. At most CHUNK elements, or a row, are float32 at a time.
     Returns q int8 (rows, cols); scale, zero float32 (rows, ceil(cols / group_size)).
-    Raises ValueError if group_size is not a power of two.
+    Raises ValueError if group_size is not 0 (a row is one group) or a power of two.
     """
-    n_groups = -(-w.shape[1] // _checked(group_size))
+    group_size = _columns(group_size, w.shape[1])
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    scale = torch.empty(len(w), n_groups, device=w.device)
+    scale = torch.empty(len(w), -(-w.shape[1] // group_size), device=w.device)
     zero = torch.empty_like(scale)
     for at, _ in _blocks(w, CHUNK):
         part = w[at].to(torch.float32, copy=True)
@@ -68,7 +68,7 @@ def quantize_int4(w, group_size=GROUP_SIZE):
     Returns packed uint8, ceil(rows * cols / 2) bytes, the earlier value in a byte's low half:
     (rows, cols / 2) for even cols, else flat, as bytes then span two rows. scale, zero as above.
     """
-    q, scale, zero = _quantize_(w.to(torch.float32, copy=True), 4, _checked(group_size))
+    q, scale, zero = _quantize_(w.to(torch.float32, copy=True), 4, _columns(group_size, w.shape[1]))
     flat = q.add_(8).view(torch.uint8).flatten()  # codes 0..15
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])  # the last byte's high half is filling
@@ -137,10 +137,10 @@ def _groups(x, group_size):
         yield x[:, n * group_size :].unsqueeze(1), slice(n, n + 1)
 
 
-def _checked(group_size):
-    if group_size < 1 or group_size & (group_size - 1):
-        raise ValueError(f"group_size must be a power of two, not {group_size}")
-    return group_size
+def _columns(group_size, cols):
+    if group_size < 0 or group_size & (group_size - 1):
+        raise ValueError(f"group_size must be 0 or a power of two, not {group_size}")
+    return group_size or max(1, cols)
 
 
 def group_size_of(cols, n_groups):
