@@ -26,7 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import quantized
-from kernels.launch import with_kernel
+from kernels.launch import alike, with_kernel
 from kernels.nf4 import bitsandbytes, dequantize_nf4, quantize_nf4  # noqa: F401, for `from quant`
 from kernels.random import random_int16, random_key, rounding_key, uniform  # noqa: F401
 
@@ -151,10 +151,10 @@ def group_size_of(cols, n_groups):
 
 
 def chunks(tensor, length, size):
-    """Where chunks of `size` start. Of a fake tensor the first two: run/memory.py counts bytes, and
-    these take all."""
+    """Where chunks of `size` start. Of a fake tensor two, which stand for all: run/memory.py counts
+    bytes, kernels/count.py launches."""
     starts = range(0, length, size)
-    return starts[:2] if isinstance(tensor, FakeTensor) else starts
+    return alike(starts) if isinstance(tensor, FakeTensor) else starts
 
 
 # --- Steps in place: float32 in between, rounded stochastically ---
@@ -212,7 +212,7 @@ def _blocks(x, size=BLOCK):
     """Slices of x's rows of `size` elements, or of a row, each with its first element's number."""
     rows, cols = x.shape
     step = max(1, size // max(1, cols))  # rows
-    return [(slice(i, min(i + step, rows)), i * cols) for i in chunks(x, rows, step)]
+    return ((slice(i, min(i + step, rows)), i * cols) for i in chunks(x, rows, step))
 
 
 def _requantize_int8_(q, scale, zero, w, key, start):

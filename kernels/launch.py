@@ -5,10 +5,17 @@ How a CUDA tensor comes from a function of quant.py to its Triton kernel, and ba
     def dequantize_int8(q, scale, zero, dtype):     the function itself is plain torch
 
 Without Triton, or where it fails, the functions of plain torch step in, with one warning.
+
+    @fused                                          torch.compile makes one kernel of it
+    def silu_mul(gate, up):                         a pure function of tensors, plain torch
+
+What a GPU would launch is counted without one: while a Counter (kernels/count.py) is set, both
+kinds run in plain torch, on fake tensors, and count as one launch.
 """
 
 import functools
 import warnings
+from contextlib import contextmanager
 
 import torch
 
@@ -23,18 +30,25 @@ except ImportError:
 MAX_GROUP = 512
 
 _works = True  # until a launch has failed
+_compiles = None  # where @fused functions are compiled: None nowhere, "cuda", or "cpu": there, too
+_counter = None  # a Counter, while launches are counted
 
 
-def with_kernel(launch):
+def with_kernel(launch, launches=1, unit=None):
     """Decorate a function of plain torch: if its first tensor is on a GPU, launch(...) replaces it.
 
     launch returns NotImplemented for tensors that its kernel does not take. If a launch fails, this
     call and all later ones of every function stay in plain torch. `.plain` is the function itself.
+
+    For the counter: how many kernels a call launches, and the unit of the GPU that multiplies in
+    them ("int8"), where that is not the one of the plain function's dtypes.
     """
 
     def decorate(plain):
         @functools.wraps(plain)
         def function(tensor, *args, **kwargs):
+            if _counter is not None:
+                return _counter.kernel(plain, launches, unit, tensor, *args, **kwargs)
             if tensor.is_cuda and _works:
                 result = _try(launch, tensor, *args, **kwargs)
                 if result is not NotImplemented:
@@ -45,6 +59,73 @@ def with_kernel(launch):
         return function
 
     return decorate
+
+
+def fused(plain):
+    """Decorate a pure function of tensors that torch.compile makes one kernel of.
+
+    It stays plain until compile_fused() has been called. It is for what autograd does not look
+    into: forward and backward of a torch.autograd.Function. `.plain` is the function itself.
+    """
+    compiled = None
+
+    @functools.wraps(plain)
+    def function(tensor, *args, **kwargs):
+        nonlocal compiled
+        if _counter is not None and _counter.compiles:
+            return _counter.kernel(plain, 1, None, tensor, *args, **kwargs)
+        if _counter is not None or not (_compiles == "cpu" or _compiles and tensor.is_cuda):
+            return plain(tensor, *args, **kwargs)
+        if compiled is None:
+            compiled = torch.compile(plain)
+        return compiled(tensor, *args, **kwargs)
+
+    function.plain = plain
+    return function
+
+
+def compile_fused(device):
+    """Compile @fused functions from here on, or warn once that this machine cannot."""
+    global _compiles
+    kind = torch.device(device).type
+    try:
+        torch.compile(lambda x: x.sin() * x)(torch.ones(8, device=device))
+    except Exception as e:  # no C++ compiler, no Triton
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        warnings.warn(f"torch.compile fails, the model runs without it. {reason}")
+        return
+    _compiles = kind
+
+
+@contextmanager
+def counted_by(counter):
+    """While this lasts, `counter` counts what a GPU would launch."""
+    global _counter
+    before = _counter
+    _counter = counter
+    try:
+        yield counter
+    finally:
+        _counter = before
+
+
+def on_gpu(tensor):
+    """Whether what is done with a tensor is done as on a GPU: it is there, or it is counted."""
+    return tensor.is_cuda or _counter is not None
+
+
+def alike(starts):
+    """Where those chunks start that a fake tensor is looked at in, which stand for all.
+
+    The first two take the memory of all. Where launches are counted, the first counts for all but
+    the last, which may be shorter.
+    """
+    if _counter is None or len(starts) < 2:
+        yield from starts[:2]
+        return
+    with _counter.times(len(starts) - 1):
+        yield starts[0]
+    yield starts[-1]
 
 
 def _try(launch, tensor, *args, **kwargs):

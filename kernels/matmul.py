@@ -11,7 +11,7 @@ from kernels.products import DY_GROUP
 from quant import chunks, group_size_of
 
 
-@with_kernel(products.matmul_int8)
+@with_kernel(products.matmul_int8, unit="int8")
 def matmul_int8(x, q, scale, zero):
     """x @ W^T with INT8 products: a group of a token is rounded to the nearest of 255 codes.
 
@@ -35,7 +35,7 @@ def matmul_int8(x, q, scale, zero):
     return y.to(x.dtype)
 
 
-@with_kernel(products.matmul_transposed_int8)
+@with_kernel(products.matmul_transposed_int8, unit="int8")
 def matmul_transposed_int8(dy, q, scale, zero):
     """dy @ W with INT8 products: dy (T, rows) float -> (T, cols) in dy.dtype; else as matmul_int8.
 

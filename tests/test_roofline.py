@@ -1,0 +1,110 @@
+"""
+What a GPU would launch, counted without one:
+    python -m pytest tests/test_roofline.py
+"""
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels.count import Counter
+from kernels.launch import alike, fused, on_gpu, with_kernel
+from quant import add_low_rank_int8_, dequantize_int8
+
+
+def counted(function, compiles=False):
+    """{Kernel: launches} of function() on fake tensors."""
+    with FakeTensorMode(), Counter(compiles) as counter:
+        function()
+    return counter.launches
+
+
+def only(launches):
+    """The one kernel that was launched, once."""
+    ((kernel, n),) = launches.items()
+    assert n == 1
+    return kernel
+
+
+def test_a_product_counts_its_operations_and_bytes():
+    def product():
+        a = torch.empty(64, 32, dtype=torch.bfloat16)
+        a @ torch.empty(128, 32, dtype=torch.bfloat16).T
+
+    kernel = only(counted(product))
+    assert kernel.operations == (("bf16", 2 * 64 * 32 * 128),)
+    assert kernel.bytes == 2 * (64 * 32 + 128 * 32 + 64 * 128)
+
+
+def test_float32_products_are_off_the_tensor_cores():
+    kernel = only(counted(lambda: torch.empty(8, 4) @ torch.empty(4, 2)))
+    assert kernel.operations == (("float32", 2 * 8 * 4 * 2),)
+
+
+def test_views_and_allocations_are_no_launch():
+    def views():
+        x = torch.empty(8, 4)
+        x.t()[1:].detach()[None].expand(2, -1, -1)
+        torch.empty_like(x).split(2)
+
+    assert not counted(views)
+
+
+def test_a_kernel_counts_as_one():
+    def step():
+        q, scale, zero = (torch.empty(512, 512, dtype=torch.int8), *torch.empty(2, 512, 2).unbind())
+        left, right = torch.empty(2, 512, 64, dtype=torch.bfloat16).unbind()
+        add_low_rank_int8_(q, scale, zero, left, right, 1.0, 1)
+
+    kernel = only(counted(step))
+    assert kernel.name == "add_low_rank_int8_"
+    assert kernel.operations == (("bf16", 2 * 512 * 512 * 64),)
+    codes = 512 * 512 + 2 * 512 * 2 * 4
+    assert kernel.bytes == 2 * codes + 2 * 512 * 64 * 2
+
+
+def test_a_kernels_result_is_written():
+    def decode():
+        q = torch.empty(4, 256, dtype=torch.int8)
+        dequantize_int8(q, torch.empty(4, 1), torch.empty(4, 1), torch.bfloat16)
+
+    assert only(counted(decode)).bytes == 4 * 256 + 2 * 4 * 4 + 4 * 256 * 2
+
+
+def test_chunks_count_as_often_as_there_are():
+    def loop():
+        x = torch.empty(10, 4)
+        for i in alike(range(0, 10, 3)):
+            x[i : i + 3].neg()
+
+    assert sum(counted(loop).values()) == 4
+    assert sum(k.bytes * n for k, n in counted(loop).items()) == 2 * 10 * 4 * 4
+
+
+def test_fused_functions_count_as_one_where_compiled():
+    @fused
+    def gate(a, b):
+        return F.silu(a) * b
+
+    def run():
+        gate(torch.empty(16), torch.empty(16))
+
+    assert only(counted(run, compiles=True)).bytes == 3 * 16 * 4
+    assert sum(counted(run).values()) == 2
+
+
+def test_a_kernel_of_two_launches_counts_both():
+    @with_kernel(None, launches=2, unit="int8")
+    def product(a, b):
+        return a @ b
+
+    launches = counted(lambda: product(torch.empty(8, 8), torch.empty(8, 8)))
+    assert sum(launches.values()) == 2
+    assert sum(n * dict(k.operations)["int8"] for k, n in launches.items()) == 2 * 8**3
+
+
+def test_what_is_counted_goes_the_way_of_a_gpu():
+    seen = []
+    counted(lambda: seen.append(on_gpu(torch.empty(1))))
+    assert seen == [True]
+    assert not on_gpu(torch.empty(1))
