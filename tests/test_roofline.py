@@ -3,12 +3,19 @@ What a GPU would launch, counted without one:
     python -m pytest tests/test_roofline.py
 """
 
+import math
+from functools import partial
+
+import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.count import Counter
 from kernels.launch import alike, fused, on_gpu, with_kernel
+from model import QLinear
+from qgalore import QGaLore
 from quant import add_low_rank_int8_, dequantize_int8
 
 
@@ -108,3 +115,36 @@ def test_what_is_counted_goes_the_way_of_a_gpu():
     counted(lambda: seen.append(on_gpu(torch.empty(1))))
     assert seen == [True]
     assert not on_gpu(torch.empty(1))
+
+
+def launches_of_a_hook(module, hook, rank=1024):
+    """How many kernels hook(optimizer) launches: a step of QGaLore on module, on fake tensors."""
+    with FakeTensorMode():
+        optimizer = QGaLore(module(dtype=torch.bfloat16), rank=rank)
+        for weight in optimizer.weights:  # an ordinary step: there is a basis, and it stays
+            weight.projection.basis = weight.empty_basis()
+            weight.projection.next_refresh = math.inf
+        with Counter() as counter:
+            hook(optimizer)
+    return sum(counter.launches.values())
+
+
+@pytest.mark.parametrize("cols,rows", [(512, 512), (4096, 4096), (4096, 11008), (11008, 4096)])
+def test_a_weights_hook_launches_12_kernels_at_most(cols, rows):
+    def hook(optimizer):
+        (weight,) = optimizer.weights
+        tokens = torch.empty(4096, cols + rows, dtype=torch.bfloat16)
+        weight.look(weight.layer, *tokens.split([cols, rows], dim=1))
+
+    assert launches_of_a_hook(partial(QLinear, cols, rows), hook, min(rows, cols) // 4) <= 12
+
+
+@pytest.mark.parametrize("most,module", [(3, partial(nn.RMSNorm, 4096)),
+                                         (6, partial(nn.Embedding, 50304, 4096))])
+def test_a_parameters_hook_launches_few_kernels(most, module):
+    def hook(optimizer):
+        (parameter,) = optimizer.parameters
+        parameter.p.grad = torch.empty_like(parameter.p)
+        parameter.look(parameter.p)
+
+    assert launches_of_a_hook(module, hook) <= most
