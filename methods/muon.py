@@ -8,11 +8,11 @@ reaches the directions that P leaves out. Experimental: docs/results.md has what
 
 import torch
 
-from kernels.moments import Sum
+from kernels.moments import Sum, adam_int8_
 from kernels.subspace import frobenius
 from methods.fira import READS, Fira
 from methods.registry import FLOATS, register
-from quant import adam_int8_, add_low_rank_int8_, dequantize_int8, quantize_int8
+from quant import add_low_rank_int8_, dequantize_int8, quantize_int8
 
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum
 LIKE_ADAM = 0.2  # root of the mean square of its step in a square weight
