@@ -116,17 +116,18 @@ class QLinear(QMatrix):
     uses: forward calls whose backward is pending. A layer that a model uses twice has its whole
     gradient only when this is empty.
 
-    matmul "int8" rounds x and dy to 8 bits in products with W (see quant.py); the hook gets them
-    unrounded. adapter: a module beside W that adds adapter(x), such as LoRA."""
+    matmul "int8" rounds x and dy to 8 bits in products with W, whose rows are one group each (see
+    kernels/matmul.py); the hook gets them unrounded. "auto": "int8" where W is such, else "float".
+    adapter: a module beside W that adds adapter(x), such as LoRA."""
 
     def __init__(self, in_features, out_features, bias=False, bits=8, group_size=0,
                  dtype=None, device=None, matmul="float"):
         super().__init__(out_features, in_features, bits, group_size, dtype, device)
-        if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
-            raise ValueError(
-                f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits"
-            )
-        self.matmul = matmul
+        by_row = bits == 8 and self.scale.shape[1] == 1
+        self.matmul = ("int8" if by_row else "float") if matmul == "auto" else matmul
+        if self.matmul not in ("float", "int8") or self.matmul == "int8" and not by_row:
+            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and for "
+                             "8 bits with a group a row (weight_group_size 0) int8")
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         self.adapter = None
         self.trains = True

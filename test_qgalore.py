@@ -275,10 +275,18 @@ def test_int8_products_give_the_hook_unrounded_factors():
     assert torch.equal(seen[0][0], x.flatten(0, 1)) and torch.equal(seen[0][1], dy.flatten(0, 1))
 
 
-@pytest.mark.parametrize("wrong", [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}])
+@pytest.mark.parametrize(
+    "wrong", [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}, {"matmul": "int8", "group_size": 8}]
+)
 def test_a_product_that_there_is_not_is_refused(wrong):
     with pytest.raises(ValueError, match="matmul"):
         QLinear(24, 40, **wrong)
+
+
+def test_products_are_int8_where_a_row_is_one_group():
+    assert QLinear(24, 40, matmul="auto").matmul == "int8"
+    assert QLinear(24, 40, matmul="auto", group_size=8).matmul == "float"
+    assert QLinear(24, 40, matmul="auto", bits=16).matmul == "float"
 
 
 def test_without_a_hook_backward_leaves_the_weight_alone():
