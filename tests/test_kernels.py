@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import quant
-from kernels import launch, lean, matmul, products, quantized
+from kernels import launch, lean, matmul, products, quantized, symmetric
+from methods import muon
 from quant import quantize_int4, quantize_int8, random_key, rounding_key, uniform
 
 HERE = os.path.dirname(quant.__file__)  # the repository
@@ -395,7 +396,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 import quant
-from kernels import products, quantized
+from kernels import products, quantized, symmetric
 
 # launches are noted, not made
 launches = []
@@ -416,6 +417,9 @@ for dtype in (torch.bfloat16, torch.float32):
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
+y = torch.zeros(2, 64, 512, dtype=torch.bfloat16)
+symmetric.gram_matrix(y.mT, y)
+symmetric.polynomial(y[..., :64], 1.0, 1.0, 1.0, y)
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 for kernel, args, options in launches:
@@ -450,11 +454,45 @@ def test_every_kernel_compiles_for_three_targets_without_spills(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(lines) == 42
+    assert len(lines) == 48
     for line in lines:
         kernel, capability, spilled, shared = line
         assert spilled == 0, line
         assert shared <= 99 * 1024, line  # bytes that a block may have on a consumer card
+
+
+# -----------------------------------------------------------------------------
+# symmetric products
+
+
+@needs_triton
+@pytest.mark.parametrize("rows,cols,transposed", [(70, 50, False), (70, 50, True), (32, 64, False)])
+def test_symmetric_kernels_make_the_products_of_torch(rows, cols, transposed, monkeypatch):
+    monkeypatch.setattr(symmetric, "TILE", 32)
+    monkeypatch.setattr(symmetric, "DEPTH", 16)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, cols, rows, generator=generator).mT
+    if not transposed:
+        y = y.contiguous()
+    y = (y / cols**0.5).to(HALF)
+    size = torch.tensor([2.0, 3.0]).view(2, 1, 1)
+    gram = muon.gram_matrix.plain(y.float(), size)
+    got = run_kernel(symmetric.gram_matrix, y, size)
+    torch.testing.assert_close(got.float(), gram, rtol=2e-3, atol=1e-3)
+    below = torch.tril(got, -32)  # what lies past the diagonal's tiles
+    assert torch.equal(below.mT, torch.triu(got, 32))
+
+    gram = gram.to(HALF)
+    for by in (None, size):
+        expected = muon.polynomial.plain(gram.float(), 3.0, -2.0, 0.4, by)
+        got = run_kernel(symmetric.polynomial, gram, 3.0, -2.0, 0.4, by)
+        torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@needs_triton
+def test_symmetric_kernels_leave_float32_to_torch():
+    assert symmetric.gram_matrix(torch.zeros(1, 4, 4)) is NotImplemented
+    assert symmetric.polynomial(torch.zeros(1, 4, 4), 1, 1, 1) is NotImplemented
 
 
 # -----------------------------------------------------------------------------
