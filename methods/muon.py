@@ -127,7 +127,7 @@ class Muon(Fira):
         super().drop()
 
     def factors(self, x, dy):
-        """Of all rows of G, where a step looks at all: R comes from their sum, by fewer products."""
+        """Of G alone, where a step looks at all its rows: R comes from their sum."""
         if self.blocks > 1:
             return super().factors(x, dy)
         return self.projection.sides(x, dy)
@@ -196,7 +196,7 @@ def gram_matrix(y, size=None):
 
 @with_kernel(symmetric.polynomial)
 def polynomial(x, a, b, c, size=None):
-    """a + b X + c X^2 of each X, symmetric, of x (n, rows, rows), contiguous; divided by the root of
+    """a + b X + c X^2 of each symmetric X of x (n, rows, rows), contiguous, divided by the root of
     size (n, 1, 1)."""
     result = torch.baddbmm(x, x, x, beta=b, alpha=c)
     result.diagonal(dim1=1, dim2=2).add_(a)
