@@ -28,22 +28,24 @@ def _launch(y, size, a, b, c, polynomial):
     if y.dtype.itemsize != 2:  # float32 would leave the tensor cores
         return NotImplemented
     n, rows, cols = y.shape
-    out = torch.empty(n, rows, rows, dtype=y.dtype, device=y.device)
+    # rows that begin at a multiple of 32 bytes, for wide loads
+    out = torch.empty(n, rows, 16 * triton.cdiv(rows, 16), dtype=y.dtype, device=y.device)
     tiles = triton.cdiv(rows, TILE)
     _symmetric_kernel[tiles, tiles, n](
-        y, y if size is None else size, out, rows, cols, *y.stride(), a, b, c,
+        y, y if size is None else size, out, rows, cols, *y.stride(), *out.stride()[:2], a, b, c,
         polynomial, size is not None, TILE, DEPTH,
         num_warps=8, num_stages=3,
     )
-    return out
+    return out[..., :rows]
 
 
 if triton is not None:
 
     @triton.jit
     def _symmetric_kernel(
-        y_ptr, size_ptr, out_ptr, rows, cols, matrix_stride, row_stride, col_stride, a, b, c,
-        POLYNOMIAL: tl.constexpr, SIZED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+        y_ptr, size_ptr, out_ptr, rows, cols, matrix_stride, row_stride, col_stride,
+        out_matrix_stride, out_row_stride, a, b, c, POLYNOMIAL: tl.constexpr, SIZED: tl.constexpr,
+        TILE: tl.constexpr, DEPTH: tl.constexpr,
     ):
         if tl.program_id(1) > tl.program_id(0):
             return  # above the diagonal: the mirror image of a tile below
@@ -65,20 +67,20 @@ if triton is not None:
             left_ptr += DEPTH * col_stride
             right_ptr += DEPTH * col_stride
 
-        at = row[:, None] * rows + col[None, :]  # (TILE, TILE), in one matrix of the result
         inside = (row < rows)[:, None] & (col < rows)[None, :]
-        if POLYNOMIAL:  # y is X, which lies as the result
-            x = tl.load(y_ptr + at, inside, other=0.0).to(tl.float32)
+        if POLYNOMIAL:  # y is X
+            x_ptr = y_ptr + row[:, None] * row_stride + col[None, :] * col_stride
+            x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
             tile = c * tile + b * x + tl.where(row[:, None] == col[None, :], a, 0.0)
             if SIZED:
                 tile *= tl.rsqrt(tl.load(size_ptr + matrix).to(tl.float32))
         elif SIZED:
             tile /= tl.load(size_ptr + matrix).to(tl.float32)
 
-        out_ptr += matrix * rows * rows
+        out_ptr += matrix * out_matrix_stride
         out = tile.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, out, inside)
+        tl.store(out_ptr + row[:, None] * out_row_stride + col[None, :], out, inside)
         if tl.program_id(1) < tl.program_id(0):
-            mirrored = col[:, None] * rows + row[None, :]
+            mirrored = col[:, None] * out_row_stride + row[None, :]
             inside = (col < rows)[:, None] & (row < rows)[None, :]
             tl.store(out_ptr + mirrored, tl.trans(out), inside)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from kernels import symmetric
 from kernels.launch import with_kernel
-from kernels.moments import Sum
 from kernels.subspace import frobenius
+from kernels.sums import Sum
 from methods.fira import READS, Fira
 from methods.registry import FLOATS, register
 from quant import adam_int8_, add_low_rank_int8_, dequantize_int8, quantize_int8
@@ -58,19 +58,18 @@ class Momentum:
     def add_(self, left, right, shrink, key):
         """m <- shrink m + left^T right, left (T, rows), right (T, cols)."""
         if self.kind == "float32":
-            self.m.mul_(shrink).addmm_(left.T.float(), right.float())
+            self.m.mul_(shrink).add_(left.T @ right)
         else:
             codes = (self.m, self.m_scale, self.m_zero)
-            left, right = left.T.contiguous(), right.T.contiguous()
-            add_low_rank_int8_(*codes, left, right, shrink, key)
+            add_low_rank_int8_(*codes, left.T, right.T, shrink, key, poison=True)
 
-    def take_(self):
-        """m, float32; what is left is 0."""
+    def take_(self, dtype=torch.float32):
+        """m, from INT8 in dtype; what is left is 0."""
         if self.kind == "float32":
             m = self.m
             self.m = torch.zeros_like(m)
             return m
-        m = dequantize_int8(self.m, self.m_scale, self.m_zero)
+        m = dequantize_int8(self.m, self.m_scale, self.m_zero, dtype)
         self.m_scale.zero_()
         self.m_zero.zero_()
         return m
@@ -88,16 +87,16 @@ class SumInMomentum(Sum):
         self.first = first
         super().__init__(rows - len(momentum.m), cols, "int8", device)
 
-    def add_(self, left, right, key):
-        r, rest = left.tensor_split([len(self.momentum.m)], dim=1)
+    def add_(self, lefts, right, key):
+        r, *rest = lefts
         shrink = 1.0 if self.first or self.added else 0.0
-        self.finite &= r.sum().isfinite()  # r is of all rows of the gradient, the rest of some
-        self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ 1)
+        self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ len(lefts))
         super().add_(rest, right, key)
 
-    def value(self):
-        r = self.momentum.take_().mul_(self.beta / (1 - self.beta))  # that step makes it beta m
-        return torch.cat([r, super().value()])
+    def value(self, dtype=torch.float32):
+        # that step makes it beta m
+        r = self.momentum.take_(dtype).mul_(self.beta / (1 - self.beta))
+        return torch.cat([r, super().value(dtype)])
 
 
 @register("qmuon", "Muon on INT8 weights, its momentum INT8 in the subspace; experimental",
@@ -130,7 +129,8 @@ class Muon(Fira):
         """Of G alone, where a step looks at all its rows: R comes from their sum."""
         if self.blocks > 1:
             return super().factors(x, dy)
-        return self.projection.sides(x, dy)
+        a, b = self.projection.sides(x, dy)
+        return (a,), b
 
     def norm(self, gradient):
         """Of G, as far as its rows tell: R may have been summed up in the momentum."""
@@ -142,8 +142,8 @@ class Muon(Fira):
         gradient = gradient.to(self.dtype)
         p = self.projection.matrix(self.dtype)  # (dim, rank)
         if self.blocks == 1:  # gradient is G
-            m = self.adam_(p.T @ gradient)  # adam_: the momentum's step
-            step = gradient.addmm_(p, m, beta=GRADIENT)
+            # adam_: the momentum's step
+            step = gradient.addmm_(p, self.adam_(p.T @ gradient), beta=GRADIENT)
         else:
             r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
             step = p @ self.adam_(r)
@@ -183,6 +183,7 @@ def orthogonal(x, right, factor):
             z = polynomial(gram, a * factor, b * factor, c * factor, size)
         del gram  # the largest weight's take 60 MB
         torch.bmm(*((z, y) if rows <= width else (y, z)), out=into)
+        del z
         y, into = into, y
     return step[:, :cols]
 
@@ -196,7 +197,7 @@ def gram_matrix(y, size=None):
 
 @with_kernel(symmetric.polynomial)
 def polynomial(x, a, b, c, size=None):
-    """a + b X + c X^2 of each symmetric X of x (n, rows, rows), contiguous, divided by the root of
+    """a + b X + c X^2 of each symmetric X of x (n, rows, rows), divided by the root of
     size (n, 1, 1)."""
     result = torch.baddbmm(x, x, x, beta=b, alpha=c)
     result.diagonal(dim1=1, dim2=2).add_(a)

@@ -453,7 +453,8 @@ for kernel, args, options in launches:
             if type(arg) is int and arg == 1 and not p.do_not_specialize:  # as a launch has it
                 signature[p.name] = "constexpr"
                 constants[p.name] = arg
-            if torch.is_tensor(arg) or p.name in ("rows", "cols"):
+            strides = "stride" in p.name and arg % 16 == 0
+            if torch.is_tensor(arg) or p.name in ("rows", "cols") or strides:
                 divisible[i,] = [["tt.divisibility", 16]]
     others = (75, 120) if "matmul" not in kernel.__name__ else ()  # Turing, Blackwell
     if "symmetric" in kernel.__name__:  # Turing has no bfloat16
