@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.launch import counted_by
 
-aten = torch.ops.aten
+UNITS = ("bf16", "int8", "float32")  # that multiply matrices; the first two are tensor cores
 
 # no kernel: allocations, views without an alias in their schema, what the host asks for
 FREE = {
@@ -35,6 +35,9 @@ FREE = {
 WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 # they read no more of their first argument than they give back
 PICKS = {"embedding", "gather", "index", "index_select"}
+# with one result, of more elements than WIDE, they take two launches
+REDUCTIONS = {"sum", "mean", "amax", "linalg_vector_norm", "norm", "dot"}
+WIDE = 2**16
 SDPA = "_scaled_dot_product"  # what names of attention begin with
 
 
@@ -130,7 +133,7 @@ class Counter(TorchDispatchMode):
 
 
 def unit_of(dtype):
-    """The unit of a GPU that multiplies matrices of dtype: "bf16" and "int8" are tensor cores."""
+    """Which of UNITS multiplies matrices of dtype; float16 as bfloat16."""
     if dtype in (torch.int8, torch.uint8):
         return "int8"
     return "bf16" if dtype.itemsize == 2 else "float32"
@@ -176,7 +179,12 @@ def _launches(name, args, kwargs, out):
     elif name == "scatter_add_":
         return 1, 3 * _bytes(args[3])
     launches = 1
-    if name.startswith(SDPA) and "backward" in name:
+    if name in ("addmm", "baddbmm") and args[0].ndim > 1:  # its sum is copied first
+        launches = 2
+        moved += 2 * _bytes(args[0])
+    elif name in REDUCTIONS and args[0].numel() > WIDE and moved <= 8:
+        launches = 2  # blocks of one sum meet in memory, which is set to 0
+    elif name.startswith(SDPA) and "backward" in name:
         launches = 3
     elif name.startswith("_fused_adamw"):
         read = _tensors(args)

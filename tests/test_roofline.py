@@ -3,13 +3,25 @@ What a GPU would launch, counted without one:
     python -m pytest tests/test_roofline.py
 """
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.count import Counter
 from kernels.launch import alike, fused, on_gpu, with_kernel
+from model import QLinear
+from qgalore import QGaLore
 from quant import add_low_rank_int8_, dequantize_int8
+from run import roofline
+from run.cards import CARDS, card_named
+from run.roofline import launches, phase_seconds, step_on
+from tests.common import HERE, settings
+
+# launches of an ordinary step, which may not creep up
+MOST = {"7b": 25_000, "60m": 5_300}
+MOST_OF_A_HOOK = 60  # of one projected weight
+H100 = card_named("H100")
 
 
 def counted(function, compiles=False):
@@ -109,3 +121,77 @@ def test_what_is_counted_goes_the_way_of_a_gpu():
     counted(lambda: seen.append(on_gpu(torch.empty(1))))
     assert seen == [True]
     assert not on_gpu(torch.empty(1))
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """{size: Step} of one micro-batch by the recipes."""
+    found = {}
+    for size in MOST:
+        recipe = f"{HERE}/config/llama_{size}.py"
+        s = settings(recipe, "--device=cuda", "--gradient_accumulation_steps=1")
+        found[size] = step_on(H100, s)
+    return found
+
+
+def test_a_step_launches_no_more_than_it_did(steps):
+    counted = {size: launches(step.last) for size, step in steps.items()}
+    for size, n in counted.items():
+        assert 100 < n <= MOST[size], counted
+
+
+def test_a_weights_hook_launches_no_more_than_it_did():
+    def hook():
+        model = torch.nn.Sequential(QLinear(4096, 4096, dtype=torch.bfloat16))
+        (weight,) = QGaLore(model, rank=1024).weights
+        weight.projection.basis = weight.empty_basis()
+        weight.projection.next_refresh = 10
+        x, dy = torch.empty(2, 4096, 4096, dtype=torch.bfloat16).unbind()
+        with Counter() as counter:
+            weight.look(weight.layer, x, dy)
+        return counter.launches
+
+    with FakeTensorMode():
+        n = launches(hook(), "")
+    assert 3 < n <= MOST_OF_A_HOOK
+
+
+def test_a_step_multiplies_what_the_model_has(steps):
+    """Forward 2 N, backward with checkpoints 4 N, and projections, N without the embedding."""
+    per_token = 0
+    for kernel, n in steps["7b"].last.items():
+        if kernel.phase in ("forward", "backward"):
+            per_token += n * sum(number for _, number in kernel.operations) / 4096
+    n = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    head = 4096 * 50304
+    assert per_token == pytest.approx(6 * n + 6 * head, rel=0.06)  # attention's own beside
+
+
+def test_seconds_are_the_slowest_of_three(monkeypatch):
+    def product(n, dtype):
+        def multiply():
+            torch.empty(n, n, dtype=dtype) @ torch.empty(n, n, dtype=dtype)
+
+        return roofline.kernel_seconds(only(counted(multiply)), H100)
+
+    large = 2 * 8192**3
+    efficiency = roofline.EFFICIENCY
+    assert product(8192, torch.bfloat16) == pytest.approx(large / 989e12 / efficiency["bf16"])
+    assert product(8192, torch.float32) == pytest.approx(large / 66.9e12 / efficiency["float32"])
+    assert product(2, torch.float32) == roofline.FLOOR
+
+
+def test_a_phase_takes_at_least_as_long_as_its_host():
+    with FakeTensorMode(), Counter() as counter:
+        counter.phase = "update"
+        for _ in range(100):
+            torch.empty(2).neg()
+    assert phase_seconds(counter.launches, H100)["update"] == pytest.approx(100 * roofline.HOST)
+
+
+def test_cards_are_found_by_the_drivers_names():
+    assert card_named("NVIDIA GeForce RTX 4060 Ti").bandwidth == 288e9
+    assert card_named("NVIDIA GeForce RTX 3060").memory == 12
+    assert card_named("NVIDIA H100 80GB HBM3").name == "H100"
+    assert card_named("Quadro T400") is None
+    assert {card_named(card.name) for card in CARDS} == set(CARDS)
