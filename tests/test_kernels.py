@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import quant
-from kernels import adam, launch, lean, matmul, moments, products, quantized
+from kernels import adam, launch, lean, matmul, moments, products, quantized, symmetric
 from kernels.moments import Record
+from methods import muon
 from quant import quantize_int4, quantize_int8, random_key, rounding_key, uniform
 
 HERE = os.path.dirname(quant.__file__)  # the repository
@@ -519,7 +520,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 import quant
-from kernels import adam, products, quantized
+from kernels import adam, products, quantized, symmetric
 from kernels.moments import Record
 
 # launches are noted, not made
@@ -550,6 +551,9 @@ adam.add_bfloat16_(w.bfloat16(), w.bfloat16(), 0.1, 5)
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
+y = torch.zeros(2, 64, 512, dtype=torch.bfloat16)
+symmetric.gram_matrix(y.mT, y)
+symmetric.polynomial(y[..., :64], 1.0, 1.0, 1.0, y)
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 for kernel, args, options in launches:
@@ -563,9 +567,12 @@ for kernel, args, options in launches:
             if type(arg) is int and arg == 1 and not p.do_not_specialize:  # as a launch has it
                 signature[p.name] = "constexpr"
                 constants[p.name] = arg
-            if torch.is_tensor(arg) or p.name in ("rows", "cols"):
+            strides = "stride" in p.name and arg % 16 == 0
+            if torch.is_tensor(arg) or p.name in ("rows", "cols") or strides:
                 divisible[i,] = [["tt.divisibility", 16]]
     others = (75, 120) if "matmul" not in kernel.__name__ else ()  # Turing, Blackwell
+    if "symmetric" in kernel.__name__:  # Turing has no bfloat16
+        others = (120,)
     for capability in (86, 89, 90, *others):  # Ampere, Ada, Hopper
         source = ASTSource(kernel, signature, constants, divisible)
         target = GPUTarget("cuda", capability, 32)
@@ -590,11 +597,45 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     compiled = {line[0] for line in lines}
     assert compiled >= {"_add_kernel", "_adam_int8_kernel", "_second_moment_kernel",
-                        "_dequantize_kernel", "_matmul_kernel"}
+                        "_dequantize_kernel", "_matmul_kernel", "_symmetric_kernel"}
     for line in lines:
         kernel, capability, spilled, shared = line
         assert spilled == 0, line
         assert shared <= 99 * 1024, line  # bytes that a block may have on a consumer card
+
+
+# -----------------------------------------------------------------------------
+# symmetric products
+
+
+@needs_triton
+@pytest.mark.parametrize("rows,cols,transposed", [(70, 50, False), (70, 50, True), (32, 64, False)])
+def test_symmetric_kernels_make_the_products_of_torch(rows, cols, transposed, monkeypatch):
+    monkeypatch.setattr(symmetric, "TILE", 32)
+    monkeypatch.setattr(symmetric, "DEPTH", 16)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, cols, rows, generator=generator).mT
+    if not transposed:
+        y = y.contiguous()
+    y = (y / cols**0.5).to(HALF)
+    size = torch.tensor([2.0, 3.0]).view(2, 1, 1)
+    gram = muon.gram_matrix.plain(y.float(), size)
+    got = run_kernel(symmetric.gram_matrix, y, size)
+    torch.testing.assert_close(got.float(), gram, rtol=2e-3, atol=1e-3)
+    below = torch.tril(got, -32)  # what lies past the diagonal's tiles
+    assert torch.equal(below.mT, torch.triu(got, 32))
+
+    gram = gram.to(HALF)
+    for by in (None, size):
+        expected = muon.polynomial.plain(gram.float(), 3.0, -2.0, 0.4, by)
+        got = run_kernel(symmetric.polynomial, gram, 3.0, -2.0, 0.4, by)
+        torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@needs_triton
+def test_symmetric_kernels_leave_float32_to_torch():
+    assert symmetric.gram_matrix(torch.zeros(1, 4, 4)) is NotImplemented
+    assert symmetric.polynomial(torch.zeros(1, 4, 4), 1, 1, 1) is NotImplemented
 
 
 # -----------------------------------------------------------------------------
