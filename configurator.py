@@ -76,7 +76,9 @@ def between(low, high):
     return Allowed(f"between {low} and {high}", lambda value: low <= value <= high)
 
 
-power_of_two = Allowed("a power of two", lambda value: value > 0 and value & (value - 1) == 0)
+zero_or_power_of_two = Allowed(
+    "0 or a power of two", lambda value: value >= 0 and value & (value - 1) == 0
+)
 
 
 def configure(*modules, argv=None, ignore_unknown=False):

@@ -2,7 +2,7 @@
 The number formats of Q-GaLore: INT8 weights, packed INT4 projections, stochastic rounding.
 
 Both formats are group-wise and affine. A row is cut into groups of `group_size` along its last
-dimension (the last group may be short), and each group keeps two float32 numbers:
+dimension (the last group may be short; 0: all of it), and each keeps two float32 numbers:
 
     value = scale * code + zero         code in -128..127 (INT8) or -8..7 (INT4)
 
@@ -13,8 +13,8 @@ The group's smallest and largest values, low and high, fall exactly on the end c
 No value is clipped. So with stochastic rounding the quantiser is unbiased, and a group that is
 quantised again unchanged keeps its codes. (An integer zero point, as in the paper's code, clamps
 one end of almost every group: repeated at every step it is a hidden weight decay.) The cost is
-8 bytes a group, 3 % of INT8 weights at the paper's group of 256. Group sizes are powers of two:
-they follow from the shapes of codes and scales, and dequantising needs no argument for them.
+8 bytes a group: a row of a weight, or 256 elements of a moment, basis or activation. Group sizes
+are powers of two: they follow from the shapes of codes and scales.
 
 Steps in place, such as add_low_rank_int8_, dequantise, add, round and quantise again. Their random
 numbers are counted (kernels/random.py), so that a resumed run, a CPU and a GPU round alike.
@@ -23,28 +23,29 @@ Plain torch is the reference. Under `@with_kernel(...)` a CUDA tensor goes on to
 """
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import quantized
-from kernels.launch import alike, with_kernel
+from kernels.launch import chunks, group_width, on_gpu, with_kernel
 from kernels.nf4 import bitsandbytes, dequantize_nf4, quantize_nf4  # noqa: F401, for `from quant`
 from kernels.random import random_int16, random_key, rounding_key, uniform  # noqa: F401
 
-GROUP_SIZE = 256  # the paper's, for weights and projections (section 3.1)
+GROUP_SIZE = 256  # the paper's (section 3.1)
 BLOCK = 2**19  # weights updated at once: six float32 temporaries of 2 MiB each stay in cache
+STEP = 2**24  # on a GPU: 32 MiB of the step in bfloat16
 CHUNK = 2**22  # elements made float32 at once, where no kernel keeps them in registers
 
 
+@with_kernel(quantized.quantize_int8)
 def quantize_int8(w, group_size=GROUP_SIZE):
     """Quantise a matrix to 8 bits, to the nearest code.
 
     w: (rows, cols) float, finite. At most CHUNK elements, or a row, are float32 at a time.
     Returns q int8 (rows, cols); scale, zero float32 (rows, ceil(cols / group_size)).
-    Raises ValueError if group_size is not a power of two.
+    Raises ValueError if group_size is not 0 (a row is one group) or a power of two.
     """
-    n_groups = -(-w.shape[1] // _checked(group_size))
+    group_size = _columns(group_size, w.shape[1])
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    scale = torch.empty(len(w), n_groups, device=w.device)
+    scale = torch.empty(len(w), -(-w.shape[1] // group_size), device=w.device)
     zero = torch.empty_like(scale)
     for at, _ in _blocks(w, CHUNK):
         part = w[at].to(torch.float32, copy=True)
@@ -56,7 +57,7 @@ def quantize_int8(w, group_size=GROUP_SIZE):
 def dequantize_int8(q, scale, zero, dtype=torch.float32):
     """The inverse of quantize_int8: (rows, cols) in `dtype`, computed in it (kernels: float32)."""
     out = q.to(dtype)
-    group_size = group_size_of(q.shape[1], scale.shape[1])
+    group_size = group_width(q.shape[1], scale.shape[1])
     for view, group in _groups(out, group_size):  # (rows, n, group_size), n columns of scale
         view.mul_(scale[:, group, None]).add_(zero[:, group, None])
     return out
@@ -68,7 +69,7 @@ def quantize_int4(w, group_size=GROUP_SIZE):
     Returns packed uint8, ceil(rows * cols / 2) bytes, the earlier value in a byte's low half:
     (rows, cols / 2) for even cols, else flat, as bytes then span two rows. scale, zero as above.
     """
-    q, scale, zero = _quantize_(w.to(torch.float32, copy=True), 4, _checked(group_size))
+    q, scale, zero = _quantize_(w.to(torch.float32, copy=True), 4, _columns(group_size, w.shape[1]))
     flat = q.add_(8).view(torch.uint8).flatten()  # codes 0..15
     if flat.numel() % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])  # the last byte's high half is filling
@@ -137,42 +138,39 @@ def _groups(x, group_size):
         yield x[:, n * group_size :].unsqueeze(1), slice(n, n + 1)
 
 
-def _checked(group_size):
-    if group_size < 1 or group_size & (group_size - 1):
-        raise ValueError(f"group_size must be a power of two, not {group_size}")
-    return group_size
-
-
-def group_size_of(cols, n_groups):
-    """The power of two that cuts cols into n_groups; there is one at most when n_groups > 1."""
-    if n_groups == 1:
-        return cols
-    return 1 << (-(-cols // n_groups) - 1).bit_length()
-
-
-def chunks(tensor, length, size):
-    """Where chunks of `size` start. Of a fake tensor two, which stand for all: run/memory.py counts
-    bytes, kernels/count.py launches."""
-    starts = range(0, length, size)
-    return alike(starts) if isinstance(tensor, FakeTensor) else starts
+def _columns(group_size, cols):
+    if group_size < 0 or group_size & (group_size - 1):
+        raise ValueError(f"group_size must be 0 or a power of two, not {group_size}")
+    return group_size or max(1, cols)
 
 
 # --- Steps in place: float32 in between, rounded stochastically ---
 
 
-@with_kernel(quantized.add_low_rank_int8_)
 def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
-    """W <- round(shrink * W + left @ right^T), the sum formed in float32 (Q-GaLore, section 3.4).
+    """W <- round(shrink * W + left @ right^T), a block of rows at a time (Q-GaLore, section 3.4).
 
-    q int8 (rows, cols), scale, zero float32 (rows, n_groups): overwritten, a block of rows at
-    a time. left (rows, r), right (cols, r): of one float dtype; with right None, left (rows, cols)
-    is the step. key: a rounding_key for stochastic rounding, where element (i, j) draws number
-    i * cols + j; None rounds to nearest. A group with a new value that is not finite stays.
+    left (rows, r), right (cols, r): of one float dtype, in which they are multiplied; with right
+    None, left (rows, cols) is the step. The rest as for add_int8_.
     """
-    for at, start in _blocks(q):
-        step = left[at] if right is None else left[at] @ right.T  # (block, cols)
-        w = dequantize_int8.plain(q[at], scale[at], zero[at]).mul_(shrink).add_(step)
-        _requantize_int8_(q[at], scale[at], zero[at], w, key, start)
+    if right is None:
+        return add_int8_(q, scale, zero, left, shrink, key)
+    for at, start in _blocks(q, STEP if on_gpu(q) else BLOCK):
+        add_int8_(q[at], scale[at], zero[at], left[at] @ right.T, shrink, key, start)
+
+
+@with_kernel(quantized.add_int8_)
+def add_int8_(q, scale, zero, step, shrink=1.0, key=None, start=0, poison=False):
+    """W <- round(shrink * W + step), the sum formed in float32.
+
+    q int8 (rows, cols), scale, zero float32 (rows, n_groups): overwritten. step: (rows, cols) any
+    float dtype. key: a rounding_key for stochastic rounding, where element (i, j) draws number
+    start + i * cols + j; None rounds to nearest. A group with a new value that is not finite stays;
+    with poison it becomes NaN, by its scale and zero.
+    """
+    for at, first in _blocks(q):
+        w = dequantize_int8.plain(q[at], scale[at], zero[at]).mul_(shrink).add_(step[at])
+        _requantize_int8_(q[at], scale[at], zero[at], w, key, start + first, poison)
 
 
 @with_kernel(quantized.adam_int8_)
@@ -215,15 +213,15 @@ def _blocks(x, size=BLOCK):
     return ((slice(i, min(i + step, rows)), i * cols) for i in chunks(x, rows, step))
 
 
-def _requantize_int8_(q, scale, zero, w, key, start):
+def _requantize_int8_(q, scale, zero, w, key, start, poison=False):
     """Quantise w, which is overwritten, into q, scale and zero. Groups that are not finite stay."""
-    group_size = group_size_of(q.shape[1], scale.shape[1])
+    group_size = group_width(q.shape[1], scale.shape[1])
     u = None
     if key is not None:
         u = uniform(key, start, w.numel(), w.device).view(w.shape)
     new, s, z = _quantize_(w, 8, group_size, u)  # int8 (rows, cols), float32 (rows, n_groups)
     finite = (s + z).isfinite()  # (rows, n_groups): an inf or NaN in w is in its group's s or z
-    scale.copy_(s.where(finite, scale))
-    zero.copy_(z.where(finite, zero))
+    scale.copy_(s.where(finite, torch.nan if poison else scale))
+    zero.copy_(z.where(finite, torch.nan if poison else zero))
     for (view, group), (old, _) in zip(_groups(new, group_size), _groups(q, group_size)):
         old.copy_(view.where(finite[:, group, None], old))

@@ -68,8 +68,18 @@ def test_a_group_of_equal_values_comes_back_exactly():
 
 def test_a_group_size_not_a_power_of_two_is_refused():
     for quantize in (quantize_int8, quantize_int4):
-        with pytest.raises(ValueError, match="power of two"):
-            quantize(torch.randn(2, 300), group_size=100)
+        for group_size in (100, -1):
+            with pytest.raises(ValueError, match="power of two"):
+                quantize(torch.randn(2, 300), group_size)
+
+
+def test_a_group_size_of_0_is_a_whole_row():
+    w = randn(4, 300)
+    q, scale, zero = quantize_int8(w, 0)
+    assert scale.shape == zero.shape == (4, 1)
+    assert (q.amin(dim=1) == -128).all() and (q.amax(dim=1) == 127).all()  # one grid, used up
+    assert QLinear(300, 4).scale.shape == (4, 1)
+    assert all(torch.equal(a, b) for a, b in zip(quantize_int8(w, 512), (q, scale, zero)))
 
 
 @pytest.mark.parametrize("bits,error", [(4, 0.11), (8, 0.007), (16, 0)])

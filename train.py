@@ -15,7 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 
-from configurator import at_least, between, configure, from_below, one_of, power_of_two
+from configurator import at_least, between, configure, from_below, one_of, zero_or_power_of_two
 
 # -----------------------------------------------------------------------------
 # output
@@ -65,7 +65,7 @@ proj_svd = False  # exact singular vectors of the formed gradient, in place of t
 residual_blocks: between(1, 2**10) = 1  # muon, fira: a step uses each n-th row of the full gradient
 galore_scale: between(1e-6, 1e6) = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
-weight_group_size: power_of_two = 256
+weight_group_size: zero_or_power_of_two = 0  # columns of W that share a scale; 0: a whole row
 freeze_embedding = False  # embedding and head stay: saves their gradients and moments
 embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
 lora_alpha: between(1, 1e6) = 32.0  # adapters are scaled by alpha / rank

@@ -4,4 +4,6 @@
 # zero point; a step's basis comes from the step before, the first one from a micro-batch.
 method = "qgalore"
 moments = "8bit"
+weight_group_size = 256
+matmul = "float"
 proj_svd = True

@@ -190,9 +190,9 @@ def _check_supported(c):
         if quantized.text("quant_method", "") != "qgalore":
             quantized.refuse("quant_method", "none: other formats than floats are not supported")
         quantized.whole("bits", 8, 8, 8)
-        size = quantized.whole("group_size")
+        size = quantized.whole("group_size", least=0)
         if size & (size - 1):
-            quantized.refuse("group_size", "a power of two")
+            quantized.refuse("group_size", "0 or a power of two")
 
 
 def _rope(c):

@@ -18,6 +18,7 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -114,6 +115,13 @@ def on_gpu(tensor):
     return tensor.is_cuda or _counter is not None
 
 
+def chunks(tensor, length, size):
+    """Where chunks of `size` start. Of a fake tensor two, which stand for all: run/memory.py counts
+    bytes, kernels/count.py launches."""
+    starts = range(0, length, size)
+    return alike(starts) if isinstance(tensor, FakeTensor) else starts
+
+
 def alike(starts):
     """Where those chunks start that a fake tensor is looked at in, which stand for all.
 
@@ -147,8 +155,13 @@ def _try(launch, tensor, *args, **kwargs):
 
 
 def group_width(cols, n_groups):
-    """The columns of a group, rounded up to a power of two: only a row's one group may be none."""
-    return triton.next_power_of_2(triton.cdiv(cols, n_groups))
+    """The columns of each of n_groups, the last of which may be short.
+
+    A power of two, of which one at most cuts cols so; but for a row that is one group.
+    """
+    if n_groups == 1:
+        return cols
+    return 1 << (-(-cols // n_groups) - 1).bit_length()
 
 
 def tile_width(q, scale, *tensors):
@@ -157,7 +170,7 @@ def tile_width(q, scale, *tensors):
     They take groups of 16 to MAX_GROUP columns, as fewer are less than a warp's work, and tensors
     without gaps between their elements.
     """
-    group = group_width(q.shape[1], scale.shape[1])
+    group = triton.next_power_of_2(group_width(q.shape[1], scale.shape[1]))
     if group < 16 or group > MAX_GROUP:
         return 0
     if not all(t.is_contiguous() for t in (q, scale, *tensors)):

@@ -6,10 +6,8 @@ tensors go on to the Triton kernels of products.py.
 import torch
 
 from kernels import products
-from kernels.launch import with_kernel
+from kernels.launch import chunks, group_width, with_kernel
 from kernels.products import DY_GROUP
-from quant import chunks, group_size_of
-
 
 @with_kernel(products.matmul_int8, unit="int8")
 def matmul_int8(x, q, scale, zero):
@@ -23,7 +21,7 @@ def matmul_int8(x, q, scale, zero):
     finite y; others do not see it. A float32 matmul is exact: in groups of up to 1024 the sums
     of products of codes are below 2^24.
     """
-    width = group_size_of(q.shape[1], scale.shape[1])
+    width = group_width(q.shape[1], scale.shape[1])
     y = x.new_zeros(x.shape[0], q.shape[0], dtype=torch.float32)
     for start in chunks(q, q.shape[1], width):
         at = slice(start, start + width)  # W's columns and x's
@@ -42,7 +40,7 @@ def matmul_transposed_int8(dy, q, scale, zero):
     W's scales lie along this sum, so dy * scale[:, g] is what is rounded: DY_GROUP rows of W
     at a time, once a group g.
     """
-    width = group_size_of(q.shape[1], scale.shape[1])
+    width = group_width(q.shape[1], scale.shape[1])
     dx = dy.new_zeros(dy.shape[0], q.shape[1], dtype=torch.float32)
     for row in chunks(q, q.shape[0], DY_GROUP):
         rows = slice(row, row + DY_GROUP)  # W's rows, dy's columns

@@ -23,7 +23,7 @@ def matmul_int8(x, q, scale, zero):
     of a program share them, and by count keep the tensor cores about as long. With more rows the
     two accumulators spill.
     """
-    group = group_width(q.shape[1], scale.shape[1])
+    group = triton.next_power_of_2(group_width(q.shape[1], scale.shape[1]))
     if group < 32 or group > MAX_GROUP:  # INT8 tensor cores sum at least 32 products at once
         return NotImplemented
     return _launch(
@@ -34,7 +34,7 @@ def matmul_int8(x, q, scale, zero):
 
 def matmul_transposed_int8(dy, q, scale, zero):
     """dy @ W, (T, cols) in dy.dtype, for the same groups."""
-    group = group_width(q.shape[1], scale.shape[1])
+    group = triton.next_power_of_2(group_width(q.shape[1], scale.shape[1]))
     if group < 32 or group > MAX_GROUP:  # as above
         return NotImplemented
     return _launch(

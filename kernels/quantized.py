@@ -1,25 +1,25 @@
 """
-Dequantising, the weight step and the Adam step in Triton. quant.py has the same functions in plain
-torch, and says what their arguments are.
+INT8 and INT4 in Triton: dequantise, quantise, the weight step and the Adam step. quant.py has the
+same functions in plain torch, and says what their arguments are.
 
 In plain torch every line is a pass over memory: one update of a weight makes 32, which move
-186 bytes an element (counted), nearly half for its random numbers. Here an element is read once
-and written once, as INT8, 2 bytes. Program (i, j) owns rows i * BLOCK_M .. of group j, a tile that
-stays in registers from the first line to the last:
+186 bytes an element (counted), nearly half for its random numbers. Here a code is read once and
+written once. Program (i, j) owns group j of rows i * BLOCK_M .., BLOCK_N columns at a time:
 
-    step         = left[rows] @ right[group]^T       on the tensor cores, summed in float32
     w            = shrink * (scale * code + zero) + step
-    scale, zero  = from the smallest and largest w of each row of the tile, which is one group
+    scale, zero  = from the smallest and largest w of each row of the group
     code         = round((w - zero) / scale), its random number hashed from the element's index
 
-Codes are the CPU's, bit for bit where the products are. Three things see to it:
+A group of up to TILE columns stays in registers from the first line to the last. A wider one is
+read again for its codes, from the cache.
+
+Codes are the CPU's, bit for bit. Three things see to it:
 
 - enable_fp_fusion=False keeps a * b + c from becoming one FMA with one rounding;
 - div_rn divides as IEEE 754 says, where `/` may miss by 2 ulp;
 - the random numbers are integers until their last line.
 
-Two differences are left, both on the exact side: a product of bfloat16 factors stays float32, where
-torch rounds it to bfloat16, and dequantising rounds once, from float32.
+Dequantising rounds once, from float32, where plain torch computes in the dtype that it gives.
 
 Offsets are 32 bits wide: a matrix has fewer than 2^31 elements.
 """
@@ -28,7 +28,7 @@ import torch
 
 from kernels.launch import group_width, tile_width, tl, triton
 
-TILE = 64 * 256  # elements of a program: 32 a thread, whose 128 registers (16 warps) do not spill
+TILE = 4096  # elements of a program at a time: 16 a thread of 8 warps
 
 
 def dequantize_int8(q, scale, zero, dtype=torch.float32):
@@ -55,7 +55,7 @@ def int4_shape(packed, scale):
 def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     group = group_width(cols, scale.shape[1])
-    block_n = min(group, 256)  # columns of a program, of one group
+    block_n = min(triton.next_power_of_2(group), 256)  # columns of a program, of one group
     block_m = 4096 // block_n  # its rows: 32 elements a thread, two loads of 16 bytes
     grid = (triton.cdiv(rows, block_m), triton.cdiv(cols, block_n))
     _dequantize_kernel[grid](
@@ -66,29 +66,37 @@ def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
     return out
 
 
-def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
-    """The weight step in one pass: q is read once and written once.
-
-    A step without `right` may lie in either order. Ranks that 16 divides are the fastest.
-    """
-    group = tile_width(q, scale, zero)
-    if not group:
+def quantize_int8(w, group_size=256):
+    """(q, scale, zero) in one pass; a group that is not finite has NaN for its scale and zero."""
+    rows, cols = w.shape
+    if group_size < 0 or group_size & (group_size - 1) or not w.numel():
         return NotImplemented
-    block_m = min(64, TILE // group)  # rows of a program
-    # 64 bytes: in 3 stages at most 68 KiB of shared memory, of which consumer cards have 99
-    block_k = 64 // left.element_size()
-    if right is None:
-        rank = 0  # left is the step
-        right = left  # a pointer that the kernel does not read
-    else:
-        rank = left.shape[1]
-        left = left.contiguous()
-        right = right.contiguous()
-    grid = (triton.cdiv(q.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
-    _add_low_rank_kernel[grid](
-        q, scale, zero, left, right, *q.shape, *left.stride(), shrink, key or 0,
-        key is not None, rank, group, block_m, block_k,
-        num_warps=block_m * group // 1024, num_stages=3, enable_fp_fusion=False,
+    q = torch.empty(rows, cols, dtype=torch.int8, device=w.device)
+    scale = torch.empty(rows, triton.cdiv(cols, group_size or cols), device=w.device)
+    zero = torch.empty_like(scale)
+    _launch_add(q, scale, zero, w, 1.0, None, 0, poison=True, moves=False)
+    return q, scale, zero
+
+
+def add_int8_(q, scale, zero, step, shrink=1.0, key=None, start=0, poison=False):
+    """The weight step in one pass: q is read once and written once. step may lie in any order."""
+    if not all(t.is_contiguous() for t in (q, scale, zero)):
+        return NotImplemented
+    _launch_add(q, scale, zero, step, shrink, key, start, poison, moves=True)
+
+
+def _launch_add(q, scale, zero, step, shrink, key, start, poison, moves):
+    """moves: False: the new values are those of step alone, and q is not read."""
+    rows, cols = q.shape
+    n_groups = scale.shape[1]
+    group = group_width(cols, n_groups)
+    block_n = min(triton.next_power_of_2(group), TILE)
+    block_m = TILE // block_n
+    grid = (triton.cdiv(rows, block_m), n_groups)
+    _add_kernel[grid](
+        q, scale, zero, step, rows, cols, *step.stride(), shrink, key or 0, start,
+        key is not None, poison, moves, group, block_m, block_n,
+        num_warps=8, enable_fp_fusion=False,
     )
 
 
@@ -131,45 +139,78 @@ if triton is not None:
         tl.store(out_ptr + at, code.to(tl.float32) * scale + zero, inside)
 
     # `key` is typed and not specialised, so that all its values share one compilation: 1 and
-    # multiples of 16, too. The rank is a constexpr: a run has one or two. Numbers of a row stay
-    # (BLOCK_M, 1): as vectors, the compiler sends the float32 tile through shared memory four
-    # times, 3 more than it must, and spills.
-    @triton.jit(do_not_specialize=["key"])
-    def _add_low_rank_kernel(
-        q_ptr, scale_ptr, zero_ptr, left_ptr, right_ptr, rows, cols, row_stride, col_stride, shrink,
-        key: tl.uint64, STOCHASTIC: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    # multiples of 16, too. Numbers of a row stay (BLOCK_M, 1): as vectors, the compiler sends the
+    # float32 tile through shared memory four times, 3 more than it must.
+    @triton.jit(do_not_specialize=["key", "start"])
+    def _add_kernel(
+        q_ptr, scale_ptr, zero_ptr, step_ptr, rows, cols, row_stride, col_stride, shrink,
+        key: tl.uint64, start: tl.int32, STOCHASTIC: tl.constexpr, POISON: tl.constexpr,
+        MOVES: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):
         row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        col = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :]
         row_inside = row < rows
-        col_inside = col < cols
-        inside = row_inside & col_inside
-
-        # the step: given as it is, or left @ right^T, BLOCK_K of the rank at a time
-        if RANK == 0:
-            step_ptr = left_ptr + row * row_stride + col * col_stride
-            step = tl.load(step_ptr, inside, other=0.0).to(tl.float32)
-        else:
-            step = tl.zeros((BLOCK_M, GROUP), tl.float32)
-            for start in range(0, RANK, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-                left_inside = row_inside & (k < RANK)[None, :]
-                left = tl.load(left_ptr + row * RANK + k[None, :], left_inside, other=0.0)
-                right_inside = col_inside & (k < RANK)[:, None]
-                right = tl.load(right_ptr + col * RANK + k[:, None], right_inside, other=0.0)
-                # float32 factors: no TF32
-                step = tl.dot(left, right, step, input_precision="ieee")
-
-        # the weights, moved
-        at = row * cols + col  # (BLOCK_M, GROUP)
+        first = tl.program_id(1) * GROUP  # column of the group
         group_at = row * tl.num_programs(1) + tl.program_id(1)  # (BLOCK_M, 1)
-        scale = tl.load(scale_ptr + group_at, row_inside)
-        zero = tl.load(zero_ptr + group_at, row_inside)
-        w = (tl.load(q_ptr + at, inside).to(tl.float32) * scale + zero) * shrink + step
-        _requantize(
-            q_ptr, scale_ptr, zero_ptr, w, at, group_at, row_inside, col_inside, key, STOCHASTIC
-        )
+        scale = 0.0
+        zero = 0.0
+        if MOVES:
+            scale = tl.load(scale_ptr + group_at, row_inside)
+            zero = tl.load(zero_ptr + group_at, row_inside)
+
+        # the range of the group's new values
+        low = tl.full((BLOCK_M, 1), float("inf"), tl.float32)
+        high = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
+        bad = tl.zeros((BLOCK_M, 1), tl.float32)  # NaN where one is not finite, as min drops NaN
+        for at in range(0, GROUP, BLOCK_N):
+            col = (first + at + tl.arange(0, BLOCK_N))[None, :]
+            col_inside = col < min(cols, first + GROUP)
+            w = _new_values(
+                q_ptr, step_ptr, row, col, row_inside & col_inside, cols, row_stride, col_stride,
+                scale, zero, shrink, MOVES,
+            )
+            smallest = tl.where(col_inside, w, float("inf"))
+            low = tl.minimum(low, tl.min(smallest, axis=1, keep_dims=True))
+            largest = tl.where(col_inside, w, float("-inf"))
+            high = tl.maximum(high, tl.max(largest, axis=1, keep_dims=True))
+            bad += tl.sum(tl.where(col_inside, w * 0, 0), axis=1, keep_dims=True)
+
+        # its grid
+        low += bad
+        finite = row_inside & (low == low)
+        new_scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
+        new_zero = low + 128 * new_scale
+        divisor = tl.where(new_scale > 0, new_scale, 1)
+
+        # its codes; a store above would keep the compiler from seeing that these loads are the same
+        for at in range(0, GROUP, BLOCK_N):
+            col = (first + at + tl.arange(0, BLOCK_N))[None, :]
+            col_inside = col < min(cols, first + GROUP)
+            w = _new_values(
+                q_ptr, step_ptr, row, col, row_inside & col_inside, cols, row_stride, col_stride,
+                scale, zero, shrink, MOVES,
+            )
+            code = tl.div_rn(w - new_zero, divisor)
+            code = _whole(code, row * cols + col + start, key, STOCHASTIC)
+            tl.store(q_ptr + row * cols + col, code, finite & col_inside)
+        if POISON:
+            new_scale = tl.where(finite, new_scale, float("nan"))
+            new_zero = tl.where(finite, new_zero, float("nan"))
+            finite = row_inside
+        tl.store(scale_ptr + group_at, new_scale, finite)
+        tl.store(zero_ptr + group_at, new_zero, finite)
+
+    @triton.jit
+    def _new_values(
+        q_ptr, step_ptr, row, col, inside, cols, row_stride, col_stride, scale, zero, shrink,
+        MOVES: tl.constexpr,
+    ):
+        """shrink * W + step, (BLOCK_M, BLOCK_N) float32; or the step alone."""
+        step = tl.load(step_ptr + row * row_stride + col * col_stride, inside, other=0.0)
+        w = step.to(tl.float32)
+        if MOVES:
+            code = tl.load(q_ptr + row * cols + col, inside, other=0).to(tl.float32)
+            w = (code * scale + zero) * shrink + w
+        return w
 
     @triton.jit(do_not_specialize=["key"])
     def _adam_kernel(
@@ -211,20 +252,23 @@ if triton is not None:
         scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
         zero = low + 128 * scale
         code = tl.div_rn(w - zero, tl.where(scale > 0, scale, 1))
-
-        if STOCHASTIC:  # quant.uniform, in unsigned numbers
-            x = (at >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
-            x = (x ^ (x >> 16)) * 0x7FEB352D
-            x = (x ^ (x >> 15)) * 0x846CA68B
-            x = x ^ (x >> 16)
-            shift = ((at & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
-            advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
-            x = ((x >> shift) + advance & 0xFFFF) ^ 0x8000
-            code = tl.floor(code + (x.to(tl.float32) + 0.5) * 2.0**-16)
-        else:  # to nearest even: at 1.5 * 2^23 a float32's last bit is worth 1
-            code = (code + 12582912.0) - 12582912.0
-        code = tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)
-
+        code = _whole(code, at, key, STOCHASTIC)
         tl.store(q_ptr + at, code, finite & col_inside)
         tl.store(scale_ptr + group_at, scale, finite)
         tl.store(zero_ptr + group_at, zero, finite)
+
+    @triton.jit
+    def _whole(code, number, key, STOCHASTIC: tl.constexpr):
+        """Codes rounded to int8: by random number `number` of stream `key`, or to nearest even."""
+        if STOCHASTIC:  # quant.uniform, in unsigned numbers
+            x = (number >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
+            x = (x ^ (x >> 16)) * 0x7FEB352D
+            x = (x ^ (x >> 15)) * 0x846CA68B
+            x = x ^ (x >> 16)
+            shift = ((number & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
+            advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
+            x = ((x >> shift) + advance & 0xFFFF) ^ 0x8000
+            code = tl.floor(code + (x.to(tl.float32) + 0.5) * 2.0**-16)
+        else:  # at 1.5 * 2^23 a float32's last bit is worth 1
+            code = (code + 12582912.0) - 12582912.0
+        return tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)

@@ -514,7 +514,7 @@ def test_an_exported_model_is_transformers_again(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gemma 2", "qwen 2"])
 def test_int8_weights_go_out_and_come_back_bit_for_bit(kind, tmp_path):
     _, path = saved(tmp_path, kind)
-    ours = hf.load(path, dtype=torch.float32, group_size=16)
+    ours = hf.load(path, dtype=torch.float32, group_size=0 if kind == "llama" else 16)
     out = str(tmp_path / "int8")
     hf.save(ours, out, int8=True)
     again = hf.load(out, dtype=torch.float32)  # its own group size
