@@ -350,7 +350,7 @@ def test_every_setting_and_every_choice_runs(shards, tmp_path):
             continue
         values = {key: NOT_DEFAULT[key] for key in method.reads}
         if values.get("matmul") == "int8" and 8 in method.weight_bits:
-            values["weight_bits"] = 8
+            values |= {"weight_bits": 8, "weight_group_size": 0}
         values["grad_clip"] = 0.5
         runs.append([f"--{key}={value}" for key, value in values.items()])
         runs[-1] += [f"--method={name}", f"--out_dir={tmp_path}/{name}"]
