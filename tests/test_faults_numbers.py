@@ -322,7 +322,7 @@ NOT_DEFAULT = {
 }
 # and all other settings, in a few runs that together take every choice
 OTHER_RUNS = [
-    "--method=qgalore --weight_bits=8 --proj_bits=4 --proj_side=auto --moments=8bit --matmul=int8"
+    "--method=qgalore --weight_bits=8 --proj_bits=4 --proj_side=auto --moments=8bit"
     " --accumulation=int8 --device=auto --checkpoint_activations=True --checkpoint_bits=8"
     " --freeze_embedding=True --embed_bits=8 --weight_group_size=32 --max_minutes=9 --rank=8"
     " --tie_embedding=True --sample_tokens=3 --keep_checkpoints=3 --seed=5 --log_interval=2",
