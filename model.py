@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.attention import Rotate, all_documents, attend, attention_mask, last, rope
-from kernels.lean import (GLU, INIT_STD, Checkpoint, RMSNorm, compile_modules, head_logits,
-                          head_loss, plain_embedding, plain_linear)  # noqa: F401
+from kernels.attention import all_documents, attend, attention_mask, last, rope, rotate
+from kernels.lean import GLU, INIT_STD, Checkpoint, RMSNorm, plain_embedding, plain_linear  # noqa
+from kernels.loss import head_logits, head_loss
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4, quantize_int8,
                    quantize_nf4)
@@ -130,6 +130,7 @@ class QLinear(QMatrix):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         self.adapter = None
         self.trains = True
+        self.graph_only = False  # whether forward's result is not read, see lean.Checkpoint
         self.hook = None
         self.task = None  # the number of the backward that calls the hook; -1: see backward
         self.anchor = torch.empty(0, requires_grad=True)  # a leaf: only a whole backward goes there
@@ -180,6 +181,8 @@ class _QLinearFunction(torch.autograd.Function):
             ctx.save_for_backward(x)
             layer.uses.add(ctx)
             ctx.within = torch._C._current_graph_task_id()  # a checkpoint's backward, or -1: none
+        if layer.graph_only:
+            return x.new_empty(*x.shape[:-1], layer.out_features)
         if layer.matmul == "int8":
             y = matmul_int8(x.reshape(-1, x.shape[-1]), layer.q, layer.scale, layer.zero)
             return y.reshape(*x.shape[:-1], layer.out_features)
@@ -291,15 +294,14 @@ class Attention(nn.Module):
         self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.o_proj = linear(c.n_head * c.head_dim, c.n_embd)
-        self.rotate = Rotate()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q = self.rotate(q, cos, sin)
-        k = self.rotate(k, cos, sin)  # (B, nk, T, hs)
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k = rotate(q, k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs), (B, nk, T, hs)
         if cache is not None:
             if "k" in cache:  # of one row, where all rows begin alike
                 k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)
@@ -337,9 +339,10 @@ class Block(nn.Module):
         self.mlp_post_norm = norm() if c.post_norms else nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, mask, cache))
-        x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
-        return x
+        x, h = self.attn_norm.residual(x)
+        h = self.attn_post_norm(self.attn(h, cos, sin, mask, cache))
+        x, h = self.mlp_norm.residual(x, h)  # x + h and its norm
+        return x + self.mlp_post_norm(self.mlp(h))
 
 
 class LLaMA(nn.Module):
@@ -416,7 +419,3 @@ class LLaMA(nn.Module):
             at = (targets >= 0).nonzero()[:, 0]
             x, targets = x[at], targets[at]
         return head_loss(x, self._head_rows(), targets, self.config.logit_softcap)
-
-    def compile_pointwise(self):
-        """torch.compile what lies between the matrices: a few passes over memory become one."""
-        compile_modules(self, (RMSNorm, Rotate, GLU), self.norm.weight.detach())

@@ -51,7 +51,7 @@ rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
-compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
+compile = False  # torch.compile what lies between the matrices, such as RoPE and SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
 rank: between(1, 2**20) = 128  # of the projections, or of LoRA's adapters
@@ -101,6 +101,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from kernels.launch import compile_fused
 from methods.registry import find
 from run.checkpoint import save_checkpoint, starting_model, whole_state
 from run.data import make_data, open_windows, shares_of
@@ -139,7 +140,7 @@ def start(s, folder, began):
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     if s.compile:
-        model.compile_pointwise()
+        compile_fused(s.device)
     run = Run(s, method, model, optimizer, train_data, val_data, ranks)
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)
