@@ -28,9 +28,9 @@ from collections import deque
 import torch
 from torch.utils._pytree import tree_map_only
 
-from kernels.moments import Moments, Sum
-from kernels.subspace import (Arriving, frobenius, random_matrix, range_finder, similarity,
-                              singular_vectors)
+from kernels.moments import Moments, Record, take_
+from kernels.subspace import Arriving, random_matrix, range_finder, similarity, singular_vectors
+from kernels.sums import Sum, stacked
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
@@ -74,12 +74,15 @@ class Projection:
         self.arriving = None  # the last refresh's similarity, on its way from the device
         self.history = []  # (step, similarity, gap) of refreshes, until pop_refreshes takes them
         self.basis = None  # tensors: (packed, scale, zero), (q, scale, zero) or (P,)
+        self.decoded = None  # (basis, P) while a step needs P twice
         if self.rank == self.dim:  # any basis spans all, and this one is Adam's own
             self.basis = encode(torch.eye(self.dim, device=device), bits)
             self.next_refresh = math.inf
 
     def matrix(self, dtype=torch.float32):
         """P (dim, rank)."""
+        if self.decoded is not None and self.decoded[0] is self.basis:
+            return self.decoded[1].to(dtype)
         return decode(self.basis, dtype)
 
     def sides(self, x, dy):
@@ -89,7 +92,8 @@ class Projection:
     def project(self, x, dy):
         """(left, right) with left^T right = R (rank, other), from x (T, in) and dy (T, out)."""
         a, b = self.sides(x, dy)
-        return a @ self.matrix(a.dtype), b  # (T, rank), (T, other)
+        self.decoded = self.basis, self.matrix(a.dtype)
+        return a @ self.decoded[1], b  # (T, rank), (T, other)
 
     def due(self, step):
         """Whether this step's gradient makes a sketch; the gap may grow first, see _settle()."""
@@ -180,6 +184,8 @@ class Trained:
     counts the step, receive() gets the whole and calls move(), or keeps it until resume(), when the
     optimizer's step() knows the norm of all."""
 
+    adams = True  # a gradient goes to Adam as it comes, whose kernels take its norm, mask and clip
+
     def __init__(self, optimizer, name, place):
         self.optimizer = optimizer
         self.name = name
@@ -198,30 +204,40 @@ class Trained:
         """The key of the random numbers that round this tensor at this step."""
         return rounding_key(self.step, self.optimizer.seed, self.name, *what)
 
-    def receive(self, gradient, norm):
+    def receive(self, gradient):
         """Take a step's whole gradient. One that is not finite counts as zero."""
         o = self.optimizer
         if self.waiting is not None:
             raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the "
                                "last backward")
-        finite = norm.isfinite() & gradient.sum().isfinite()  # norm may be of some rows
-        o.skipped += ~finite
-        o.norms[self.place] = norm.where(finite, 0)
-        gradient.masked_fill_(~finite, 0)  # moments decay, and nothing is lost
-        if o.grad_clip and (o.accumulated or o.ranks.size > 1):
+        waits = o.grad_clip and (o.accumulated or o.ranks.size > 1)
+        record = Record(o.norms, o.skipped, self.place, 0.0 if waits else o.grad_clip)
+        if self.adams and not waits:
+            self.move(gradient, record)
+            return
+        if not self.adams:
+            gradient = gradient.float()
+        take_(gradient, record, self.norm(gradient))
+        if waits:
             self.waiting = self.keep(gradient)
         else:
-            self.move(o.clip_(gradient))
+            self.move(gradient)
 
     def resume(self):
         """At step(): move by the gradient that waits."""
         if self.waiting is not None:
-            self.move(self.optimizer.clip_(self.waiting()))
+            gradient = self.waiting()
+            norm = self.optimizer.norms.norm()  # of all gradients
+            self.move(gradient.mul_((self.optimizer.grad_clip / norm).clamp_(max=1)))
         self.waiting = None
 
     def keep(self, gradient):
         """A function that gives the gradient back at step()."""
         return lambda: gradient
+
+    def norm(self, gradient):
+        """Of a gradient, () float32: for the log, and grad_clip. None: of all that was gathered."""
+        return None
 
     def drop(self):
         """Forget the parts of a step that has not moved the weight; it does not count."""
@@ -257,6 +273,8 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
+        # what a sister does with a gradient needs it masked, clipped, and in float32
+        self.adams = type(self).direction is ProjectedWeight.direction
         self.task = None  # the backward in which it last moved
         layer.hook = self.look
 
@@ -287,23 +305,24 @@ class ProjectedWeight(Trained):
         if self.projection.due(self.step) and (first or not alone):
             key = random_key(o.seed, self.name, self.step, "sketch")
             left, right = self.projection.sketch(x, dy, key)
-            self.gather("sketch", left, right, more and not alone)
+            self.gather("sketch", (left,), right, more and not alone)
+        self.projection.decoded = None
         self.ended = not more
         self.task = None if more else layer.task
 
-    def gather(self, what, left, right, more):
-        """Sum left^T right, left (T, rows), right (T, cols), over a step's parts and ranks."""
+    def gather(self, what, lefts, right, more):
+        """Sum the products of lefts (T, rows) and right (T, cols) over a step's parts and ranks."""
         total = self.sums.get(what)
         if more:
             if total is None:
-                total = self.new_sum(what, left.shape[1], right.shape[1])
+                total = self.new_sum(what, sum(a.shape[1] for a in lefts), right.shape[1])
                 self.sums[what] = total
             parts = (self.optimizer.seed, self.name, self.step, what, self.optimizer.ranks.rank)
-            total.add_(left, right, rounding_key(total.added, *parts))
+            total.add_(lefts, right, rounding_key(total.added, *parts))
             return
-        product = (left.T @ right).float()  # (rows, cols)
-        if total is not None:
-            product += self.sums.pop(what).value()  # all of this rank's step
+        product = stacked(lefts, right)  # (rows, cols), in the dtype of x and dy
+        if total is not None:  # all of this rank's step
+            product = self.sums.pop(what).value(self.dtype).add_(product)
         self.send(what, product)
 
     def send(self, what, product):
@@ -311,11 +330,7 @@ class ProjectedWeight(Trained):
         ranks = self.optimizer.ranks
         if ranks.size > 1:
             product = product.to(self.dtype)  # as it is sent
-        ranks.sum_(product, self.receive_gradient if what == "gradient" else self.receive_sketch)
-
-    def receive_gradient(self, product):
-        gradient = product.float()
-        self.receive(gradient, self.norm(gradient))
+        ranks.sum_(product, self.receive if what == "gradient" else self.receive_sketch)
 
     def receive_sketch(self, product):
         if self.waiting is None:
@@ -328,7 +343,7 @@ class ProjectedWeight(Trained):
         if not self.ended:
             self.ended = True
             for what in list(self.sums):  # the gradient first, then the sketch
-                self.send(what, self.sums.pop(what).value())
+                self.send(what, self.sums.pop(what).value(self.dtype))
 
     def resume(self):
         super().resume()
@@ -336,16 +351,29 @@ class ProjectedWeight(Trained):
             self.refresh(self.sketch)
         self.sketch = None
 
-    def move(self, gradient):
-        """Step the weight by a gradient, as gathered, float32, which is overwritten."""
-        o = self.optimizer
-        key = self.key() if o.stochastic_rounding else None
-        self.apply(*self.direction(gradient), 1 - o.lr * o.weight_decay, key)
+    @property
+    def rate(self):
+        """What a step in W is multiplied by."""
+        return -self.optimizer.lr * self.scale
 
-    def adam_(self, r):
-        """r <- Adam(r), once a step."""
+    def move(self, gradient, record=None):
+        """Step the weight by a gradient, as gathered, which is overwritten.
+
+        Without a record it is float32, finite, and clipped."""
         o = self.optimizer
-        self.moments.step_(r, o.betas, o.eps, self.key("moment"))
+        if record is None:
+            p, n = self.direction(gradient)
+            n.mul_(self.rate)
+        else:
+            p = self.projection.matrix(self.dtype)
+            n = self.adam_(gradient, self.rate, record)
+        key = self.key() if o.stochastic_rounding else None
+        self.apply(p, n, 1 - o.lr * o.weight_decay, key)
+
+    def adam_(self, r, *more):
+        """r <- Adam(r), once a step. more: rate and record, see Moments.step_."""
+        o = self.optimizer
+        self.moments.step_(r, o.betas, o.eps, self.key("moment"), *more)
         return r
 
     def keep(self, gradient):
@@ -360,29 +388,25 @@ class ProjectedWeight(Trained):
         return Sum(rows, cols, self.optimizer.accumulation, self.optimizer.device)
 
     def factors(self, x, dy):
-        """(left, right), left^T right = what is gathered as the gradient, here R."""
-        return self.projection.project(x, dy)
-
-    def norm(self, gradient):
-        """Of what was gathered, () float32: for the log, and grad_clip."""
-        return frobenius(gradient)
+        """(lefts, right) whose products, one below the other, are the gradient; here that is R."""
+        left, right = self.projection.project(x, dy)
+        return (left,), right
 
     def direction(self, gradient):
-        """(P, N) of which W moves by P N, or (None, N) for N (dim, other).
+        """(P, N) of which W moves by rate * P N, or (None, N) for N (dim, other).
 
         gradient: as gathered, float32, may be overwritten. P: in self.dtype, in which P N is
         multiplied."""
         return self.projection.matrix(self.dtype), self.adam_(gradient)
 
     def apply(self, p, n, shrink, key):
-        """W <- shrink * W - lr * scale * (P N), rounded by `key`."""
-        n = n.mul_(-self.optimizer.lr * self.scale)
+        """W <- shrink * W + P N, rounded by `key`; without P it is N."""
+        right = self.projection.right
         if p is None:
-            self.layer.add_low_rank_(n.T if self.projection.right else n, None, shrink, key)
+            self.layer.add_low_rank_(n.T if right else n, None, shrink, key)
             return
-        n = n.to(p.dtype).T.contiguous()  # (other, rank)
-        left, right = (n, p) if self.projection.right else (p, n)
-        self.layer.add_low_rank_(left, right, shrink, key)
+        n = n.to(p.dtype).T  # (other, rank), a view: the product takes it as it lies
+        self.layer.add_low_rank_(*((n, p) if right else (p, n)), shrink, key)
 
     def refresh(self, sketch):
         if not self.moves:  # else the gradient that came with it was counted
@@ -434,15 +458,12 @@ class Parameter(Trained):
         self.ended = True
         self.p.grad = None  # its memory is free once the step is made
         gradient = gradient.to_dense().contiguous()  # torch's Embedding may make a sparse one
-        self.optimizer.ranks.sum_(gradient, self.receive_gradient)
+        self.optimizer.ranks.sum_(gradient, self.receive)
 
-    def receive_gradient(self, gradient):
-        self.receive(gradient, frobenius(gradient))
-
-    def move(self, gradient):
+    def move(self, gradient, record=None):
         o, p = self.optimizer, self.p
         matrix = gradient.flatten(1) if p.ndim > 2 else gradient
-        self.moments.step_(matrix, o.betas, o.eps, self.key())
+        self.moments.step_(matrix, o.betas, o.eps, self.key(), 1.0, record)
         if p.ndim > 1 and o.weight_decay:
             p.mul_(1 - o.lr * o.weight_decay)  # decoupled (arXiv 1711.05101)
         if p.dtype == torch.bfloat16:
@@ -533,11 +554,6 @@ class QGaLore(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError("QGaLore trains what its model has at the start: make a new one")
         super().add_param_group(group)
-
-    def clip_(self, gradient):
-        if self.grad_clip:
-            gradient.mul_((self.grad_clip / self.norms.norm()).clamp(max=1))
-        return gradient
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from configurator import configure
-from kernels.moments import Moments, Sum
+from kernels import launch
+from kernels.moments import Moments
+from kernels.sums import Sum
 from kernels.subspace import similarity
 from model import LLaMA, QLinear, plain_linear
 from qgalore import Projection, QGaLore
@@ -276,17 +278,12 @@ def test_int8_products_give_the_hook_unrounded_factors():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}, {"matmul": "int8", "group_size": 8}]
+    "wrong",
+    [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}, {"matmul": "int8", "group_size": 8}],
 )
 def test_a_product_that_there_is_not_is_refused(wrong):
     with pytest.raises(ValueError, match="matmul"):
         QLinear(24, 40, **wrong)
-
-
-def test_products_are_int8_where_a_row_is_one_group():
-    assert QLinear(24, 40, matmul="auto").matmul == "int8"
-    assert QLinear(24, 40, matmul="auto", group_size=8).matmul == "float"
-    assert QLinear(24, 40, matmul="auto", bits=16).matmul == "float"
 
 
 def test_without_a_hook_backward_leaves_the_weight_alone():
@@ -438,7 +435,7 @@ def test_block_inputs_in_int8_give_the_gradient_to_a_percent():
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "g++"])
-def test_compiled_parts_compute_the_same_or_there_is_a_warning(compiler):
+def test_compiled_parts_compute_the_same_or_there_is_a_warning(compiler, monkeypatch):
     if compiler == "g++" and not which(compiler):
         pytest.skip("torch.compile needs a C++ compiler")
     torch.manual_seed(0)
@@ -449,9 +446,10 @@ def test_compiled_parts_compute_the_same_or_there_is_a_warning(compiler):
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch._dynamo.reset()
+    monkeypatch.setattr(launch, "_compiles", None)
     there_is_one = torch._inductor.config.patch({"cpp.cxx": (None, compiler)})
     with warnings.catch_warnings(record=True) as caught, there_is_one:
-        model.compile_pointwise()
+        launch.compile_fused("cpu")
         loss = model(x, y)
         loss.backward()
     warned = sum("torch.compile fails" in str(w.message) for w in caught)
@@ -637,7 +635,7 @@ def test_micro_batches_add_up_in_every_format_without_bias(kind):
     for i in range(32):
         left = torch.randn(20, 300, generator=generator)
         right = torch.randn(20, 512, generator=generator)
-        total.add_(left, right, random_key(i))
+        total.add_((left[:, :100], left[:, 100:]), right, random_key(i))
         exact += left.T @ right
     error = total.value() - exact
     bound, width = FORMATS[kind]

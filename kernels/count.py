@@ -23,18 +23,21 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.launch import counted_by
 
-aten = torch.ops.aten
+UNITS = ("bf16", "int8", "float32")  # that multiply matrices; the first two are tensor cores
 
 # no kernel: allocations, views without an alias in their schema, what the host asks for
 FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
     "_reshape_alias", "lift_fresh", "device", "_local_scalar_dense", "item", "set_", "resize_",
-    "_nested_tensor_size", "is_same_size",
+    "_nested_tensor_size", "is_same_size", "_record_function_enter_new", "_record_function_exit",
 }
 # they write all of their first argument, and do not read it
 WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 # they read no more of their first argument than they give back
 PICKS = {"embedding", "gather", "index", "index_select"}
+# with one result, of more elements than WIDE, they take two launches
+REDUCTIONS = {"sum", "mean", "amax", "linalg_vector_norm", "norm", "dot"}
+WIDE = 2**16
 SDPA = "_scaled_dot_product"  # what names of attention begin with
 
 
@@ -121,6 +124,8 @@ class Counter(TorchDispatchMode):
                 self._inside[self._unit or unit] += operations * self._repeat
             return out
         launches, moved = _launches(name, args, kwargs, out)
+        if out is None:  # it writes its arguments alone
+            moved += sum(map(_bytes, _written(function, args)))
         each = ((unit, operations // launches),) if operations else ()
         self._add(name, moved // launches, each, launches)
         return out
@@ -130,7 +135,7 @@ class Counter(TorchDispatchMode):
 
 
 def unit_of(dtype):
-    """The unit of a GPU that multiplies matrices of dtype: "bf16" and "int8" are tensor cores."""
+    """Which of UNITS multiplies matrices of dtype; float16 as bfloat16."""
     if dtype in (torch.int8, torch.uint8):
         return "int8"
     return "bf16" if dtype.itemsize == 2 else "float32"
@@ -176,15 +181,24 @@ def _launches(name, args, kwargs, out):
     elif name == "scatter_add_":
         return 1, 3 * _bytes(args[3])
     launches = 1
-    if name.startswith(SDPA) and "backward" in name:
+    if name in ("addmm", "baddbmm") and args[0].ndim > 1:  # its sum is copied first
+        launches = 2
+        moved += 2 * _bytes(args[0])
+    elif name in REDUCTIONS and args[0].numel() > WIDE and moved <= 8:
+        launches = 2  # blocks of one sum meet in memory, which is set to 0
+    elif name.startswith(SDPA) and "backward" in name:
         launches = 3
     elif name.startswith("_fused_adamw"):
-        read = _tensors(args)
-        moved = sum(map(_bytes, read))  # all but the gradients are written, too
         launches = 1 + len(args[0]) // 32
     elif name == "embedding_dense_backward":  # it sorts the tokens first
         launches = 8
     return launches, moved + sum(map(_bytes, read))
+
+
+def _written(function, args):
+    """The tensors that an operation's schema says it mutates."""
+    mutated = zip(function._schema.arguments, args)
+    return _tensors([t for a, t in mutated if a.alias_info is not None and a.alias_info.is_write])
 
 
 def _is_view(function):

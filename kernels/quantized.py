@@ -1,6 +1,6 @@
 """
-INT8 and INT4 in Triton: dequantise, quantise, the weight step and the Adam step. quant.py has the
-same functions in plain torch, and says what their arguments are.
+INT8 and INT4 in Triton: dequantise, quantise, the weight step. quant.py has the same functions in
+plain torch, and says what their arguments are.
 
 In plain torch every line is a pass over memory: one update of a weight makes 32, which move
 186 bytes an element (counted), nearly half for its random numbers. Here a code is read once and
@@ -26,7 +26,7 @@ Offsets are 32 bits wide: a matrix has fewer than 2^31 elements.
 
 import torch
 
-from kernels.launch import group_width, tile_width, tl, triton
+from kernels.launch import group_width, tl, triton
 
 TILE = 4096  # elements of a program at a time: 16 a thread of 8 warps
 
@@ -97,19 +97,6 @@ def _launch_add(q, scale, zero, step, shrink, key, start, poison, moves):
         q, scale, zero, step, rows, cols, *step.stride(), shrink, key or 0, start,
         key is not None, poison, moves, group, block_m, block_n,
         num_warps=8, enable_fp_fusion=False,
-    )
-
-
-def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
-    """Adam's step in one pass: m and g are each read once and written once."""
-    group = tile_width(m, scale, zero, g)
-    if not group:
-        return NotImplemented
-    block_m = 4096 // group  # 32 elements a thread
-    grid = (triton.cdiv(m.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
-    _adam_kernel[grid](
-        m, scale, zero, g, row, col, *m.shape, 1 - beta, correction, eps, key, group, block_m,
-        num_warps=4, enable_fp_fusion=False,
     )
 
 
@@ -212,63 +199,23 @@ if triton is not None:
             w = (code * scale + zero) * shrink + w
         return w
 
-    @triton.jit(do_not_specialize=["key"])
-    def _adam_kernel(
-        m_ptr, scale_ptr, zero_ptr, g_ptr, row_ptr, col_ptr, rows, cols, rate, correction, eps,
-        key: tl.uint64, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    ):
-        row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        col = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :]
-        at = row * cols + col  # (BLOCK_M, GROUP)
-        group_at = row * tl.num_programs(1) + tl.program_id(1)  # (BLOCK_M, 1)
-        row_inside = row < rows
-        col_inside = col < cols
-        inside = row_inside & col_inside
-
-        # the first moment moves a part `rate` of the way to g
-        scale = tl.load(scale_ptr + group_at, row_inside)
-        zero = tl.load(zero_ptr + group_at, row_inside)
-        m = tl.load(m_ptr + at, inside).to(tl.float32) * scale + zero
-        m += (tl.load(g_ptr + at, inside).to(tl.float32) - m) * rate
-
-        # g becomes the direction of Adam's step
-        v_root = tl.load(row_ptr + row, row_inside) * tl.load(col_ptr + col, col_inside)
-        tl.store(g_ptr + at, tl.div_rn(m, (v_root + eps) * correction), inside)
-        _requantize(m_ptr, scale_ptr, zero_ptr, m, at, group_at, row_inside, col_inside, key, True)
-
-    @triton.jit
-    def _requantize(
-        q_ptr, scale_ptr, zero_ptr, w, at, group_at, row_inside, col_inside, key,
-        STOCHASTIC: tl.constexpr,
-    ):
-        """quant._requantize_int8_ of a tile. w and at are (BLOCK_M, GROUP), group_at and row_inside
-        (BLOCK_M, 1), col_inside (1, GROUP)."""
-        # the grid of each row of the tile, which is one group: all (BLOCK_M, 1)
-        low = tl.min(tl.where(col_inside, w, float("inf")), axis=1, keep_dims=True)
-        high = tl.max(tl.where(col_inside, w, float("-inf")), axis=1, keep_dims=True)
-        # min drops NaN: make low NaN where w has an inf or NaN
-        low += tl.sum(tl.where(col_inside, w * 0, 0), axis=1, keep_dims=True)
-        finite = row_inside & (low == low)
-        scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
-        zero = low + 128 * scale
-        code = tl.div_rn(w - zero, tl.where(scale > 0, scale, 1))
-        code = _whole(code, at, key, STOCHASTIC)
-        tl.store(q_ptr + at, code, finite & col_inside)
-        tl.store(scale_ptr + group_at, scale, finite)
-        tl.store(zero_ptr + group_at, zero, finite)
-
     @triton.jit
     def _whole(code, number, key, STOCHASTIC: tl.constexpr):
         """Codes rounded to int8: by random number `number` of stream `key`, or to nearest even."""
-        if STOCHASTIC:  # quant.uniform, in unsigned numbers
-            x = (number >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
-            x = (x ^ (x >> 16)) * 0x7FEB352D
-            x = (x ^ (x >> 15)) * 0x846CA68B
-            x = x ^ (x >> 16)
-            shift = ((number & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
-            advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
-            x = ((x >> shift) + advance & 0xFFFF) ^ 0x8000
+        if STOCHASTIC:  # quant.uniform
+            x = _random(number, key) ^ 0x8000
             code = tl.floor(code + (x.to(tl.float32) + 0.5) * 2.0**-16)
         else:  # at 1.5 * 2^23 a float32's last bit is worth 1
             code = (code + 12582912.0) - 12582912.0
         return tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)
+
+    @triton.jit
+    def _random(number, key):
+        """quant.random_int16 of stream `key`, as uint32 below 2^16."""
+        x = (number >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        x = x ^ (x >> 16)
+        shift = ((number & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
+        advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
+        return (x >> shift) + advance & 0xFFFF

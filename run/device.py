@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from run.cards import card_here
 from run.machine import free_memory, usable_cores
 
 GIB = 2**30
@@ -14,18 +15,6 @@ GIB = 2**30
 # of a block's largest product, for each thread: with fewer a second thread gains a third at best,
 # and costs four fifths where another process has its core (threads wait for each other by spinning)
 OPERATIONS_A_THREAD = 10**9
-
-# dense bf16 products with float32 sums, operations a second, from NVIDIA's data sheets
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "4060 Ti": 44e12,
-    "3060 Ti": 32e12,
-    "3060": 25e12,
-}
 
 
 def pick_device(name):
@@ -96,11 +85,8 @@ def choose_threads(shape, tokens, threads=0, cores=None):
 
 def peak_flops(kind):
     """Operations a second that the GPU's data sheet has for bf16 products, or None."""
-    if kind == "cuda":
-        for name, flops in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name():
-                return flops
-    return None
+    card = card_here() if kind == "cuda" else None
+    return card.bf16 if card else None
 
 
 def memory_free(kind):

@@ -24,6 +24,7 @@ from methods.registry import find, shape
 from quant import bitsandbytes
 from run.device import GIB, block_weights, memory_free
 from run.ranks import IN_FLIGHT
+from run.roofline import print_time
 
 FEW, MORE = 2, 4  # blocks of the two models that are planned for a deep one
 MATRICES = 7  # of a block, which may each be projected
@@ -213,6 +214,8 @@ def fits(s, ranks, weight_dtype, dtype):
         raise SystemExit(f"error: {e}")
     if s.dry_run:
         print_plan(plan, free, s.device)
+        if sum(plan.values()) <= ABSURD and ranks.size == 1:
+            print_time(s, sum(plan.values()))
         if sum(plan.values()) > ABSURD:
             print("note: this is the least that such sizes take; more was not counted")
     else:

@@ -9,14 +9,26 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter as Multiset
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import quant
-from kernels import launch, lean, matmul, products, quantized
+from kernels import (adam, launch, lean, loss, matmul, moments, products, quantized, rows,
+                     symmetric)
+from kernels.attention import rotate
+from kernels.count import Counter
+from kernels.loss import chunk_length, cross_entropy_, head_logits, head_loss
+from kernels.moments import Record
+from methods import muon
+from model import LLaMA
 from quant import quantize_int4, quantize_int8, random_key, rounding_key, uniform
+from tests.common import tiny
 
 HERE = os.path.dirname(quant.__file__)  # the repository
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,25 +222,129 @@ def test_the_kernel_rounds_up_as_often_as_the_fraction():
 # the Adam step
 
 
+# -----------------------------------------------------------------------------
+# Adam
+
+
+def some_gradient(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(*shape, generator=generator) * 1e-3).to(dtype)
+
+
+def both(name, *args, **kwargs):
+    """[(plain, kernel's)] of a function of moments.py: what it changed, what it gave back."""
+    results = []
+    for function in (getattr(moments, name).plain, getattr(adam, name)):
+        # the kernel's on the GPU, if there is one
+        device = "cpu" if not results else DEVICE
+        moved = tree_map_only(torch.Tensor, lambda x: x.to(device, copy=True), (args, kwargs))
+        out = function(*moved[0], **moved[1])
+        assert out is not NotImplemented
+        tensors = [x.cpu() for x in tree_leaves((moved, out)) if isinstance(x, torch.Tensor)]
+        results.append(tensors)
+    return list(zip(*results))
+
+
+def some_record(clip=0.0):
+    return Record(torch.tensor([3e-3, 7.0, 4e-3]), torch.tensor(2.0), 1, clip)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(3, 5), (70, 300), (2100, 20), (1, 4096)])
+def test_partial_squares_sum_up_to_the_same(shape):
+    for dtype in (torch.float32, HALF):
+        g = some_gradient(*shape, dtype=dtype).to(DEVICE)
+        expected = g.float().square().cpu()
+        by_row, by_col = adam.squares_by_side(g)
+        torch.testing.assert_close(by_row.sum(0).cpu(), expected.sum(1))
+        torch.testing.assert_close(by_col.sum(0).cpu(), expected.sum(0))
+        parts = adam.squares(g)
+        assert len(parts) <= adam.PARTS
+        torch.testing.assert_close(parts.sum().cpu(), expected.sum())
+        assert torch.equal(parts, adam.squares(g))
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("rows,cols", [(70, 512), (300, 17), (1, 600)])
+def test_the_kernel_makes_the_same_second_moment(rows, cols):
+    before = [x.abs() for x in (some_gradient(rows), some_gradient(cols))]
+    for bad in (None, math.inf, math.nan):
+        g = some_gradient(rows, cols)
+        if bad is not None:
+            g[0, 3] = bad
+        sums = [x.cpu() for x in adam.squares_by_side(g.to(DEVICE))]
+        for record in (some_record(), some_record(1e-3), None):
+            if bad is None or record is not None:
+                results = both("second_moment", *before, *sums, 0.9, 3, record)
+                for plain, kernel in results[4:]:  # not the squares, which may be NaN
+                    assert plain.isfinite().all()
+                    torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-12)
+
+
 @needs_triton
 @pytest.mark.parametrize("rows,cols", [(70, 512), (67, 300), (5, 48), (300, 17)])
-def test_the_kernel_steps_moments_to_the_same_codes(rows, cols):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_the_kernel_steps_moments_to_the_same_codes(rows, cols, factor):
+    generator = torch.Generator().manual_seed(1)
     codes = quantize_int8(torch.randn(rows, cols, generator=generator) * 1e-3)
-    g = torch.randn(rows, cols, generator=generator) * 1e-3
+    g = some_gradient(rows, cols)
     row = torch.rand(rows, generator=generator) * 0.1 + 0.01
     col = torch.rand(cols, generator=generator) * 0.1 + 0.01
-    rest = (row, col, 0.9, 0.19, 1e-8, 2**31 + 5)
-    expected = [x.clone() for x in (*codes, g)]
-    quant.adam_int8_.plain(*expected, *rest)
-    q, scale, zero, direction, *_ = run_kernel(quantized.adam_int8_, *codes, g, *rest)
-    torch.testing.assert_close(scale, expected[1], rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(zero, expected[2], rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(direction, expected[3], rtol=1e-5, atol=1e-6)
-    off = (q.int() - expected[0].int()).abs()
+    scales = (None if factor is None else torch.tensor(factor), -0.01)
+    q, *floats = both("adam_int8_", *codes, g, row, col, 0.9, 0.19, 1e-8, 2**31 + 5, *scales)
+    for plain, kernel in floats:
+        torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-8)
+    off = (q[1].int() - q[0].int()).abs()
     assert off.max() <= 1
     assert off.float().mean() <= 1e-3
-    assert (q != codes[0]).float().mean() > 0.5
+    assert (q[1] != codes[0]).float().mean() > 0.5
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_a_factor_of_0_takes_away_nan():
+    codes = quantize_int8(some_gradient(8, 512))
+    sides = torch.ones(8), torch.ones(512)
+    nothing = torch.zeros(8, 512)
+    for g in (nothing, nothing + math.nan, nothing + math.inf):
+        found = both("adam_int8_", *codes, g, *sides, 0.9, 0.19, 1e-8, 5, torch.tensor(0.0))
+        for plain, kernel in found:
+            assert kernel.float().isfinite().all()
+            torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-8)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("shape", [(5,), (4096,), (30, 301)])
+def test_kernels_note_mask_and_clip_alike(shape):
+    m = some_gradient(*shape) * 0.1
+    for bad in (None, math.inf, math.nan):
+        for record in (some_record(), some_record(1e-3), None):
+            g = some_gradient(*shape)
+            if bad is not None and record is not None:
+                g.view(-1)[3] = bad
+            parts = adam.squares(g.to(DEVICE)).cpu()
+            results = both("adam_float32_", m, m.square(), g, (0.9, 0.99), 3, 1e-8, -0.01, parts,
+                           record)
+            if record is not None:
+                results += both("mask_", g, parts, record)
+                results += both("mask_", g, parts, record, torch.tensor(0.5))
+            for plain, kernel in results:
+                torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-12, equal_nan=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [3, 10000])
+def test_the_kernel_rounds_bfloat16_to_the_same_bits(n):
+    p = (some_gradient(n) * 20).bfloat16()
+    delta = some_gradient(n).bfloat16()
+    for key in (1, rounding_key(7, "a"), 2**48 - 1):
+        expected = p.clone()
+        quant.add_bfloat16_.plain(expected, delta, -0.1, key)
+        found, _ = run_kernel(adam.add_bfloat16_, p, delta, -0.1, key)
+        assert (found != p).float().mean() > 0.3
+        assert (found != expected).float().mean() < 1e-3  # where torch fuses p + alpha * delta
 
 
 # -----------------------------------------------------------------------------
@@ -436,7 +552,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 import quant
-from kernels import products, quantized
+from kernels import adam, products, quantized, rows, symmetric
+from kernels.moments import Record
 
 # launches are noted, not made
 launches = []
@@ -453,7 +570,14 @@ quantized.quantize_int8(w.bfloat16(), 256)
 quantized.quantize_int8(wide, 0)
 for dtype in (torch.bfloat16, torch.float32):
     g = w.to(dtype)
-    quantized.adam_int8_(*quant.quantize_int8(w), g, w[:, 0], w[0], 0.9, 0.1, 1e-8, 5)
+    adam.squares(g)
+    sums = adam.squares_by_side(g)
+    record = Record(w[0], w[0, 0], 3, 1.0)
+    adam.mask_(g, w[0], record, w[0, 0])
+    adam.adam_float32_(w, w, g, (0.9, 0.99), 3, 1e-8, 0.1, w[0], record)
+    adam.adam_int8_(*quant.quantize_int8(w), g, w[:, 0], w[0], 0.9, 0.1, 1e-8, 5, w[0, 0], 0.1)
+adam.second_moment(w[:, 0], w[0], *sums, 0.9, 3, record)
+adam.add_bfloat16_(w.bfloat16(), w.bfloat16(), 0.1, 5)
 for tokens, dtype in ((512, torch.bfloat16), (512, torch.float32), (16, torch.bfloat16)):
     x = torch.zeros(tokens, 512, dtype=dtype)
     q, scale, zero = quant.quantize_int8(torch.zeros(512, 512), 0)
@@ -464,6 +588,17 @@ products.round_rows(wide.bfloat16(), wide[0, :, None], wide[0, :, None])
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
+y = torch.zeros(2, 64, 512, dtype=torch.bfloat16)
+symmetric.gram_matrix(y.mT, y)
+symmetric.polynomial(y[..., :64], 1.0, 1.0, 1.0, y)
+for dtype in (torch.bfloat16, torch.float32):
+    logits = torch.zeros(2, 50304, dtype=dtype)
+    rows.cross_entropy_(logits, torch.zeros(2, dtype=torch.int64), 30.0)
+    rows.cross_entropy_(logits, torch.zeros(2, dtype=torch.int64))
+    for cols in (512, 8192):
+        x, weight = torch.zeros(2, cols, dtype=dtype), torch.zeros(cols)
+        rows.rms_norm(x, x, weight, 1e-5, dtype)
+        rows.rms_norm_backward(x, x, x, weight, torch.zeros(2, 1))
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 compiled = []
@@ -478,12 +613,14 @@ for kernel, args, options in launches:
             if type(arg) is int and arg == 1 and not p.do_not_specialize:  # as a launch has it
                 signature[p.name] = "constexpr"
                 constants[p.name] = arg
-            if torch.is_tensor(arg) or p.name in ("rows", "cols"):
+            strides = "stride" in p.name and arg % 16 == 0
+            if torch.is_tensor(arg) or p.name in ("rows", "cols") or strides:
                 divisible[i,] = [["tt.divisibility", 16]]
+    # where Triton has no INT8 products, and no bfloat16
+    turing = () if "matmul" in kernel.__name__ or "symmetric" in kernel.__name__ else (75,)
     if (signature, constants, options) in compiled:
         continue
     compiled.append((signature, constants, options))
-    turing = (75,) if "matmul" not in kernel.__name__ else ()  # where Triton has no INT8 products
     for capability in (*turing, 86, 89, 90, 120):  # Ampere, Ada, Hopper, Blackwell
         source = ASTSource(kernel, signature, constants, divisible)
         target = GPUTarget("cuda", capability, 32)
@@ -507,8 +644,9 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     compiled = {line[0] for line in lines}
-    assert compiled >= {"_add_kernel", "_adam_kernel", "_dequantize_kernel", "_matmul_kernel"}
-    assert compiled >= {"_round_kernel", "_transpose_kernel"}
+    assert compiled >= {"_add_kernel", "_adam_int8_kernel", "_second_moment_kernel",
+                        "_dequantize_kernel", "_matmul_kernel", "_symmetric_kernel",
+                        "_round_kernel", "_transpose_kernel"}
     for line in lines:
         kernel, capability, spilled, shared = line
         assert spilled == 0, line
@@ -517,7 +655,41 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# kernels/lean.py against autograd
+# symmetric products
+
+
+@needs_triton
+@pytest.mark.parametrize("rows,cols,transposed", [(70, 50, False), (70, 50, True), (32, 64, False)])
+def test_symmetric_kernels_make_the_products_of_torch(rows, cols, transposed, monkeypatch):
+    monkeypatch.setattr(symmetric, "TILE", 32)
+    monkeypatch.setattr(symmetric, "DEPTH", 16)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, cols, rows, generator=generator).mT
+    if not transposed:
+        y = y.contiguous()
+    y = (y / cols**0.5).to(HALF)
+    size = torch.tensor([2.0, 3.0]).view(2, 1, 1)
+    gram = muon.gram_matrix.plain(y.float(), size)
+    got = run_kernel(symmetric.gram_matrix, y, size)
+    torch.testing.assert_close(got.float(), gram, rtol=2e-3, atol=1e-3)
+    below = torch.tril(got, -32)  # what lies past the diagonal's tiles
+    assert torch.equal(below.mT, torch.triu(got, 32))
+
+    gram = gram.to(HALF)
+    for by in (None, size):
+        expected = muon.polynomial.plain(gram.float(), 3.0, -2.0, 0.4, by)
+        got = run_kernel(symmetric.polynomial, gram, 3.0, -2.0, 0.4, by)
+        torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@needs_triton
+def test_symmetric_kernels_leave_float32_to_torch():
+    assert symmetric.gram_matrix(torch.zeros(1, 4, 4)) is NotImplemented
+    assert symmetric.polynomial(torch.zeros(1, 4, 4), 1, 1, 1) is NotImplemented
+
+
+# -----------------------------------------------------------------------------
+# layers and the loss against autograd, their kernels against both
 
 
 def compare_with_autograd(lean_function, plain_function, *tensors):
@@ -534,15 +706,54 @@ def compare_with_autograd(lean_function, plain_function, *tensors):
 def test_lean_layers_have_autograd_s_outputs_and_gradients():
     generator = torch.Generator().manual_seed(0)
     gate, up = torch.randn(2, 3, 5, 24, generator=generator)
+    norm = lean.RMSNorm(24, 1e-5)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    weight = norm.weight.detach()
+    plain = partial(F.rms_norm, normalized_shape=(24,), eps=1e-5)
+    compare_with_autograd(norm, lambda x: plain(x, weight=weight), gate)
+    for activation, act in (
+        ("silu", F.silu), ("gelu", partial(F.gelu, approximate="tanh")), ("gelu_erf", F.gelu)
+    ):
+        compare_with_autograd(lean.GLU(activation), lambda a, b: act(a) * b, gate, up)
+
+
+def test_a_norm_s_input_passes_through_with_what_is_added():
+    generator = torch.Generator().manual_seed(0)
+    x, h = torch.randn(2, 3, 5, 24, generator=generator)
     weight = torch.rand(24, generator=generator) + 0.5
+
+    def lean_sum(x, h, weight):
+        total, y = lean._RMSNorm.apply(x, h, weight, 1e-5)
+        return total.sin() + y
+
+    def plain_sum(x, h, weight):
+        total = x + h
+        return total.sin() + F.rms_norm(total, (24,), weight, 1e-5)
+
+    compare_with_autograd(lean_sum, plain_sum, x, h, weight)
     compare_with_autograd(
-        lambda x, w: lean.rms_norm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (24,), w, 1e-5),
-        gate, weight,
+        lambda x, w: lean_sum(x, None, w), lambda x, w: plain_sum(x, 0, w), x, weight
     )
-    compare_with_autograd(lean.swiglu, lambda a, b: F.silu(a) * b, gate, up)
-    compare_with_autograd(lean.geglu, lambda a, b: F.gelu(a, approximate="tanh") * b, gate, up)
-    exact = lean.GLU("gelu_erf")
-    compare_with_autograd(exact, lambda a, b: F.gelu(a) * b, gate, up)
+    total = lean._RMSNorm.apply(x.requires_grad_(), h, weight, 1e-5)[0]
+    total.sum().backward()  # whose norm nobody reads
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_rotating_is_multiplying_by_unit_complex_numbers():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 5, 4, 6, generator=generator)
+    k = torch.randn(2, 5, 2, 6, generator=generator)
+    angle = torch.randn(5, 3, generator=generator)
+
+    def plain(x):
+        pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones(5, 3), angle)[:, None]
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    for i in range(2):
+        compare_with_autograd(
+            lambda q, k: rotate(q, k, angle.cos(), angle.sin())[i] + 0 * (q.sum() + k.sum()),
+            lambda q, k: plain((q, k)[i]) + 0 * (q.sum() + k.sum()), q, k,
+        )
 
 
 class Slices:
@@ -558,26 +769,145 @@ class Slices:
             yield at, self.weight[at].to(dtype)
 
 
+def logits_and_targets(tokens, cols, dtype=torch.float32):
+    """Logits (tokens, cols), and targets of which each fourth is -1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(tokens, cols, generator=generator)
+    targets = torch.randint(cols, (tokens,), generator=generator)
+    targets[::4] = -1
+    return logits.to(dtype), targets
+
+
+def plain_loss(logits, targets, softcap=0.0):
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_the_lean_loss_is_cross_entropy_by_chunks(softcap, monkeypatch):
-    monkeypatch.setattr(lean, "LOSS_CHUNK", 8)
+def test_the_head_s_loss_is_cross_entropy_by_chunks(softcap, monkeypatch):
+    monkeypatch.setattr(loss, "TOKENS", 8)  # six tokens at once
+    monkeypatch.setattr(loss, "ROWS", 37 * 4)  # four rows at once
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(21, 24, generator=generator)
     weight = torch.randn(37, 24, generator=generator)
-    targets = torch.randint(37, (21,), generator=generator)
-    targets[::4] = -1
+    _, targets = logits_and_targets(21, 37)
 
-    def loss(h, weight):
-        logits = h @ weight.T
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        return F.cross_entropy(logits, targets, ignore_index=-1)
+    def plain(h, weight):
+        return plain_loss(h @ weight.T, targets, softcap).sum() / (targets >= 0).sum()
 
-    compare_with_autograd(lambda h, w: lean.head_loss(h, w, targets, softcap), loss, h, weight)
+    compare_with_autograd(lambda h, w: head_loss(h, w, targets, softcap), plain, h, weight)
     compare_with_autograd(
-        lambda h: lean.head_loss(h, Slices(weight), targets, softcap), lambda h: loss(h, weight), h
+        lambda h: head_loss(h, Slices(weight), targets, softcap), lambda h: plain(h, weight), h
     )
-    torch.testing.assert_close(lean.head_logits(h, Slices(weight)), h @ weight.T)
+    torch.testing.assert_close(head_logits(h, Slices(weight)), h @ weight.T)
     with torch.no_grad():
-        torch.testing.assert_close(lean.head_loss(h, weight, targets, softcap), loss(h, weight))
-    assert lean.head_loss(h, weight, torch.full_like(targets, -1)) == 0
+        torch.testing.assert_close(head_loss(h, weight, targets, softcap), plain(h, weight))
+
+
+def test_a_loss_without_targets_is_0_and_so_are_its_gradients():
+    for targets in (torch.full((3,), -1), torch.zeros(0, dtype=torch.int64)):
+        h = torch.ones(len(targets), 4, requires_grad=True)
+        weight = torch.ones(7, 4, requires_grad=True)
+        value = head_loss(h, weight, targets)
+        value.backward()
+        assert value == 0
+        assert not weight.grad.any() and not h.grad.any()
+
+
+def test_chunks_of_logits_are_alike_and_within_the_budget():
+    bf16 = torch.bfloat16
+    assert chunk_length(16 * 256, 50304, bf16) == 2048  # a 7B's micro-batch
+    assert chunk_length(64 * 256, 50304, bf16) == 2048
+    assert chunk_length(1000, 50304, torch.float32) == 500
+    assert chunk_length(1000, 32000, bf16) == 1000
+    assert chunk_length(1, 2**40, bf16) == 1
+    assert chunk_length(0, 50304, bf16) == 1
+
+
+def test_gradients_of_half_precision_logits_are_rounded_once():
+    logits, targets = logits_and_targets(9, 50, torch.bfloat16)
+    x = logits.double().requires_grad_()
+    expected = plain_loss(x, targets)
+    expected.sum().backward()
+    losses = cross_entropy_.plain(logits, targets)
+    torch.testing.assert_close(losses, expected.detach().float())
+    torch.testing.assert_close(logits.float(), x.grad.float(), rtol=2**-8, atol=1e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("cols,softcap", [(37, 0.0), (5000, 0.0), (300, 5.0)])
+def test_the_kernel_leaves_the_logits_gradient(cols, softcap):
+    for dtype in (torch.float32, HALF):
+        logits, targets = logits_and_targets(5, cols, dtype)
+        x = logits.double().requires_grad_()
+        expected = plain_loss(x, targets, softcap)
+        expected.sum().backward()
+        moved = logits.to(DEVICE, copy=True)
+        losses = rows.cross_entropy_(moved, targets.to(DEVICE), softcap)
+        torch.testing.assert_close(losses.cpu(), expected.detach().float(), rtol=1e-5, atol=1e-5)
+        rtol = 1e-5 if dtype == torch.float32 else 2**-10
+        torch.testing.assert_close(moved.cpu().float(), x.grad.float(), rtol=rtol, atol=1e-6)
+
+        again = logits.to(DEVICE, copy=True)  # without the gradient
+        assert torch.equal(rows.cross_entropy_(again, targets.to(DEVICE), softcap, False), losses)
+        assert torch.equal(again.cpu(), logits)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_the_kernel_s_loss_tells_of_logits_that_are_not_finite():
+    logits = torch.randn(3, 60)
+    logits[0, 40] = math.nan
+    logits[1, 40] = math.inf
+    losses = run_kernel(rows.cross_entropy_, logits, torch.tensor([1, 2, 3]))
+    assert losses.isfinite().tolist() == [False, False, True]
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens,cols", [(7, 96), (300, 64), (3, 5000)])
+def test_the_norm_s_kernels_compute_what_its_functions_do(tokens, cols):
+    generator = torch.Generator().manual_seed(0)
+    x, h, dx, dy = torch.randn(4, tokens, cols, generator=generator)
+    weight = torch.rand(cols, generator=generator) + 0.5
+    for dtype in (torch.float32, HALF):
+        close = 1e-5 if dtype == torch.float32 else 2e-3
+        tolerance = {"rtol": close, "atol": close}
+        x, h, dx, dy = (t.to(dtype) for t in (x, h, dx, dy))
+        for added, passed in ((None, None), (h, dx)):
+            expected = lean.rms_norm.plain(x, added, weight, 1e-5, dtype)
+            got = on_device(rows.rms_norm, x, added, weight, 1e-5, dtype)
+            torch.testing.assert_close(got, expected, **tolerance)
+            total, _, rstd = expected
+            expected = lean.rms_norm_backward.plain(dy, passed, total, weight, rstd)
+            got = on_device(rows.rms_norm_backward, dy, passed, total, weight, rstd)
+            torch.testing.assert_close(got, expected, **tolerance)
+    assert on_device(rows.rms_norm_backward, dy, None, total, weight, rstd, False)[1] is None
+
+
+def on_device(launcher, *args):
+    """launcher's results on the CPU, of args moved to the GPU, if there is one."""
+    moved = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
+    return tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in launcher(*moved))
+
+
+def test_a_block_launches_few_kernels_beside_its_products():
+    def launches(blocks):
+        with FakeTensorMode():
+            model = LLaMA(tiny(n_layer=blocks, checkpoint_activations=True))
+            idx = torch.zeros(2, 16, dtype=torch.int64)
+            with Counter(compiles=True) as counter:
+                model(idx, idx).backward()
+        names = Multiset()
+        for kernel, n in counter.launches.items():
+            names[kernel.name.partition("_flash")[0]] += n
+        return names
+
+    block = launches(2) - launches(1)
+    assert block.pop("mm") == 7 + 6 + 7  # forward, again without the last, backward
+    assert block.pop("dequantize_int8") == 20
+    assert block.pop("_scaled_dot_product") == 1 + 1 + 3
+    assert block == {
+        "rms_norm": 2 + 2, "rms_norm_backward": 4, "turned": 3, "glu": 2, "glu_backward": 1,
+        "add": 1 + 1 + 3,  # of x, and again; of dx for q, k, v; for gate, up
+    }

@@ -3,13 +3,31 @@ What a GPU would launch, counted without one:
     python -m pytest tests/test_roofline.py
 """
 
+import math
+from functools import partial
+
+import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import roofline as bench_roofline
+from bench.settings import train_settings
+from configurator import configure
 from kernels.count import Counter
 from kernels.launch import alike, fused, on_gpu, with_kernel
+from model import QLinear
+from qgalore import QGaLore
 from quant import add_low_rank_int8_, dequantize_int8
+from run import roofline
+from run.cards import CARDS, card_named
+from run.roofline import launches, phase_seconds, step_on
+from tests.common import HERE, settings
+
+# launches of an ordinary step, which may not creep up
+MOST = {"7b": 25_000, "60m": 5_300}
+H100 = card_named("H100")
 
 
 def counted(function, compiles=False):
@@ -109,3 +127,117 @@ def test_what_is_counted_goes_the_way_of_a_gpu():
     counted(lambda: seen.append(on_gpu(torch.empty(1))))
     assert seen == [True]
     assert not on_gpu(torch.empty(1))
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """{size: Step} of one micro-batch by the recipes."""
+    found = {}
+    for size in MOST:
+        recipe = f"{HERE}/config/llama_{size}.py"
+        s = settings(recipe, "--device=cuda", "--gradient_accumulation_steps=1")
+        found[size] = step_on(H100, s)
+    return found
+
+
+def test_a_step_launches_no_more_than_it_did(steps):
+    counted = {size: launches(step.last) for size, step in steps.items()}
+    for size, n in counted.items():
+        assert 100 < n <= MOST[size], counted
+
+
+def launches_of_a_hook(module, hook, rank=1024):
+    """How many kernels hook(optimizer) launches: a step of QGaLore on module, on fake tensors."""
+    with FakeTensorMode():
+        optimizer = QGaLore(module(dtype=torch.bfloat16), rank=rank)
+        for weight in optimizer.weights:  # an ordinary step: there is a basis, and it stays
+            weight.projection.basis = weight.empty_basis()
+            weight.projection.next_refresh = math.inf
+        with Counter() as counter:
+            hook(optimizer)
+    return sum(counter.launches.values())
+
+
+@pytest.mark.parametrize("cols,rows", [(512, 512), (4096, 4096), (4096, 11008), (11008, 4096)])
+def test_a_weights_hook_launches_12_kernels_at_most(cols, rows):
+    def hook(optimizer):
+        (weight,) = optimizer.weights
+        tokens = torch.empty(4096, cols + rows, dtype=torch.bfloat16)
+        weight.look(weight.layer, *tokens.split([cols, rows], dim=1))
+
+    assert launches_of_a_hook(partial(QLinear, cols, rows), hook, min(rows, cols) // 4) <= 12
+
+
+@pytest.mark.parametrize("most,module", [(3, partial(nn.RMSNorm, 4096)),
+                                         (6, partial(nn.Embedding, 50304, 4096))])
+def test_a_parameters_hook_launches_few_kernels(most, module):
+    def hook(optimizer):
+        (parameter,) = optimizer.parameters
+        parameter.p.grad = torch.empty_like(parameter.p)
+        parameter.look(parameter.p)
+
+    assert launches_of_a_hook(module, hook) <= most
+
+
+def test_a_step_multiplies_what_the_model_has(steps):
+    """Forward 2 N, backward with checkpoints 4 N but for down_proj's output, which is not needed
+    again; N without the embedding."""
+    per_token = 0
+    for kernel, n in steps["7b"].last.items():
+        if kernel.phase in ("forward", "backward"):
+            per_token += n * sum(number for _, number in kernel.operations) / 4096
+    down = 32 * 4096 * 11008
+    n = 32 * 4 * 4096**2 + 3 * down
+    head = 4096 * 50304
+    expected = 6 * n - 2 * down + 6 * head
+    assert per_token == pytest.approx(expected, rel=0.02)  # attention's own beside
+
+
+def test_seconds_are_the_slowest_of_three(monkeypatch):
+    def product(n, dtype):
+        def multiply():
+            torch.empty(n, n, dtype=dtype) @ torch.empty(n, n, dtype=dtype)
+
+        return roofline.kernel_seconds(only(counted(multiply)), H100)
+
+    large = 2 * 8192**3
+    efficiency = roofline.EFFICIENCY
+    assert product(8192, torch.bfloat16) == pytest.approx(large / 989e12 / efficiency["bf16"])
+    assert product(8192, torch.float32) == pytest.approx(large / 66.9e12 / efficiency["float32"])
+    assert product(2, torch.float32) == roofline.FLOOR
+
+
+def test_a_phase_takes_at_least_as_long_as_its_host():
+    with FakeTensorMode(), Counter() as counter:
+        counter.phase = "update"
+        for _ in range(100):
+            torch.empty(2).neg()
+    assert phase_seconds(counter.launches, H100)["update"] == pytest.approx(100 * roofline.HOST)
+
+
+def test_cards_are_found_by_the_drivers_names():
+    assert card_named("NVIDIA GeForce RTX 4060 Ti").bandwidth == 288e9
+    assert card_named("NVIDIA GeForce RTX 3060").memory == 12
+    assert card_named("NVIDIA H100 80GB HBM3").name == "H100"
+    assert card_named("Quadro T400") is None
+    assert {card_named(card.name) for card in CARDS} == set(CARDS)
+
+
+def test_bench_roofline_prints_a_step_and_its_speed(capsys):
+    tiny = "--n_layer=1 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=512".split()
+    s = configure(train_settings(), argv=tiny)
+    bench_roofline.main(s.changed(methods="qgalore,adamw", card="4060 Ti", sizes=False))
+    out = capsys.readouterr().out
+    assert "qgalore on RTX 4060 Ti, predicted" in out and "adamw on" in out
+    assert out.count("projection") == 2
+    with pytest.raises(SystemExit, match="card=4060:"):
+        bench_roofline.main(s.changed(methods="", card="4060", sizes=False))
+
+
+def test_a_dry_run_ends_with_time(capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "card_here", lambda: None)
+    s = settings("--n_layer=1", "--n_embd=64", "--n_head=2", "--ffn_dim=96", "--vocab_size=512")
+    roofline.print_time(s, need=13 * 2**30)  # bytes
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("predicted for 10,000 steps on a GPU, RTX 4060 Ti: about ")
+    assert "3060" not in line and line.endswith(("days", "hours", "minutes"))
