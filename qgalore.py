@@ -28,8 +28,9 @@ from collections import deque
 import torch
 from torch.utils._pytree import tree_map_only
 
-from kernels.moments import Moments, Record, Sum, take_
+from kernels.moments import Moments, Record, take_
 from kernels.subspace import Arriving, random_matrix, range_finder, similarity, singular_vectors
+from kernels.sums import Sum, stacked
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
@@ -304,24 +305,24 @@ class ProjectedWeight(Trained):
         if self.projection.due(self.step) and (first or not alone):
             key = random_key(o.seed, self.name, self.step, "sketch")
             left, right = self.projection.sketch(x, dy, key)
-            self.gather("sketch", left, right, more and not alone)
+            self.gather("sketch", (left,), right, more and not alone)
         self.projection.decoded = None
         self.ended = not more
         self.task = None if more else layer.task
 
-    def gather(self, what, left, right, more):
-        """Sum left^T right, left (T, rows), right (T, cols), over a step's parts and ranks."""
+    def gather(self, what, lefts, right, more):
+        """Sum the products of lefts (T, rows) and right (T, cols) over a step's parts and ranks."""
         total = self.sums.get(what)
         if more:
             if total is None:
-                total = self.new_sum(what, left.shape[1], right.shape[1])
+                total = self.new_sum(what, sum(a.shape[1] for a in lefts), right.shape[1])
                 self.sums[what] = total
             parts = (self.optimizer.seed, self.name, self.step, what, self.optimizer.ranks.rank)
-            total.add_(left, right, rounding_key(total.added, *parts))
+            total.add_(lefts, right, rounding_key(total.added, *parts))
             return
-        product = left.T @ right  # (rows, cols), in the dtype of x and dy
-        if total is not None:
-            product = self.sums.pop(what).value().add_(product)  # all of this rank's step
+        product = stacked(lefts, right)  # (rows, cols), in the dtype of x and dy
+        if total is not None:  # all of this rank's step
+            product = self.sums.pop(what).value(self.dtype).add_(product)
         self.send(what, product)
 
     def send(self, what, product):
@@ -342,7 +343,7 @@ class ProjectedWeight(Trained):
         if not self.ended:
             self.ended = True
             for what in list(self.sums):  # the gradient first, then the sketch
-                self.send(what, self.sums.pop(what).value())
+                self.send(what, self.sums.pop(what).value(self.dtype))
 
     def resume(self):
         super().resume()
@@ -387,8 +388,9 @@ class ProjectedWeight(Trained):
         return Sum(rows, cols, self.optimizer.accumulation, self.optimizer.device)
 
     def factors(self, x, dy):
-        """(left, right), left^T right = what is gathered as the gradient, here R."""
-        return self.projection.project(x, dy)
+        """(lefts, right) whose products, one below the other, are the gradient; here that is R."""
+        left, right = self.projection.project(x, dy)
+        return (left,), right
 
     def direction(self, gradient):
         """(P, N) of which W moves by rate * P N, or (None, N) for N (dim, other).

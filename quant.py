@@ -147,16 +147,16 @@ def _columns(group_size, cols):
 # --- Steps in place: float32 in between, rounded stochastically ---
 
 
-def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None):
+def add_low_rank_int8_(q, scale, zero, left, right, shrink=1.0, key=None, poison=False):
     """W <- round(shrink * W + left @ right^T), a block of rows at a time (Q-GaLore, section 3.4).
 
     left (rows, r), right (cols, r): of one float dtype, in which they are multiplied; with right
     None, left (rows, cols) is the step. The rest as for add_int8_.
     """
     if right is None:
-        return add_int8_(q, scale, zero, left, shrink, key)
+        return add_int8_(q, scale, zero, left, shrink, key, poison=poison)
     for at, start in _blocks(q, STEP if on_gpu(q) else BLOCK):
-        add_int8_(q[at], scale[at], zero[at], left[at] @ right.T, shrink, key, start)
+        add_int8_(q[at], scale[at], zero[at], left[at] @ right.T, shrink, key, start, poison)
 
 
 @with_kernel(quantized.add_int8_)

@@ -1,6 +1,5 @@
 """
-What is kept of a gradient from one step to the next, in 1 to 8 bytes an element: Adam's moments,
-and the sum of a step's micro-batches.
+What is kept of a gradient from one step to the next, in 1 to 8 bytes an element: Adam's moments.
 
 At LLaMA-7B and rank 1024 the low-rank gradients have 1.62 billion elements: each byte is 1.5 GiB.
 """
@@ -11,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from kernels import adam
-from kernels.launch import with_kernel
+from kernels.launch import chunks, with_kernel
 from kernels.subspace import frobenius
-from quant import (BLOCK, CHUNK, GROUP_SIZE, _blocks, _requantize_int8_, add_bfloat16_,
-                   add_low_rank_int8_, bitsandbytes, chunks, dequantize_int8, quantize_int8)
+from quant import (CHUNK, GROUP_SIZE, _blocks, _requantize_int8_, bitsandbytes,
+                   dequantize_int8)
 
 MIN_8BIT = 4096  # smaller tensors keep float32 moments, as in bitsandbytes
 
@@ -128,7 +127,7 @@ def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key, factor=N
     correction: 1 - beta^step. key: a rounding_key. factor: () float32, where 0 takes away NaN, too,
     or None: 1.
     """
-    for at, start in _blocks(m, BLOCK):
+    for at, start in _blocks(m):
         part = g[at].float()  # g itself, where it is float32
         if factor is not None:
             scale_(part, factor)
@@ -219,48 +218,3 @@ class Moments:
             codes = (self.m_codes, self.v_codes, m_max, v_max)
             update("adam", g, minus_n, m, v, *betas, 0.0, 0.0, eps, self.age, 1.0, *codes)
             torch.neg(minus_n, out=g)
-
-
-class Sum:
-    """A matrix (rows, cols) that a step's micro-batches add up in.
-
-    kind: "float32", 4 bytes an element; "bfloat16", 2; "int8", 1 and 8 bytes a group. The last two
-    are rounded stochastically at every addition."""
-
-    def __init__(self, rows, cols, kind, device):
-        self.kind = kind
-        self.added = 0
-        if kind == "int8":
-            groups = -(-cols // GROUP_SIZE)
-            self.finite = torch.ones((), dtype=torch.bool, device=device)  # INT8 has no NaN
-            self.codes = (
-                torch.zeros(rows, cols, dtype=torch.int8, device=device),
-                torch.zeros(rows, groups, device=device),
-                torch.zeros(rows, groups, device=device),
-            )
-        else:
-            self.total = torch.zeros(rows, cols, dtype=getattr(torch, kind), device=device)
-
-    def add_(self, left, right, key):
-        """self += left^T right, left (T, rows), right (T, cols)."""
-        self.added += 1  # so that each addition rounds by numbers of its own
-        if self.kind == "int8":
-            self.finite &= (left.sum() + right.sum()).isfinite()
-            left, right = left.T.contiguous(), right.T.contiguous()
-            add_low_rank_int8_(*self.codes, left, right, 1.0, key)
-        elif self.kind == "bfloat16":
-            add_bfloat16_(self.total, left.T @ right, 1.0, key)
-        else:
-            self.total += left.T @ right  # exact but for float32's own rounding
-
-    def set_(self, value):
-        if self.kind == "int8":
-            self.codes = quantize_int8(value)
-        else:
-            self.total.copy_(value)
-
-    def value(self):
-        """(rows, cols) float32; in "int8" all NaN if anything that was added was not finite."""
-        if self.kind == "int8":
-            return dequantize_int8(*self.codes).masked_fill_(~self.finite, torch.nan)
-        return self.total.float()

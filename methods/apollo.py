@@ -37,7 +37,8 @@ class Apollo(ProjectedWeight):
         return ()
 
     def factors(self, x, dy):
-        return self.projection.sides(x, dy)
+        a, b = self.projection.sides(x, dy)
+        return (a,), b
 
     def matrix(self):
         """P (dim, rank) at this step, of normal numbers of variance 1 / rank."""

@@ -40,9 +40,12 @@ class Fira(ProjectedWeight):
         return slice(self.step % self.blocks, None, self.blocks)
 
     def factors(self, x, dy):
-        left, right = super().factors(x, dy)
+        lefts, right = super().factors(x, dy)
         a, _ = self.projection.sides(x, dy)  # (T, dim)
-        return torch.cat([left, a[:, self.rows()]], dim=1), right  # R's factor, then G's
+        return (*lefts, a[:, self.rows()]), right  # R's factor, then G's
+
+    def receive_gradient(self, gradient):
+        self.receive(gradient, self.norm(gradient))
 
     def among_all(self, g):
         """The rows that this step looks at, and zeros for all others: (dim, other)."""
@@ -56,19 +59,25 @@ class Fira(ProjectedWeight):
         return frobenius(gradient[: self.projection.rank])
 
     def direction(self, gradient):
-        p = self.projection.matrix()  # (dim, rank)
+        gradient = gradient.to(self.dtype)  # in which it came, but for sums in float32
+        p = self.projection.matrix(self.dtype)  # (dim, rank)
         r, g = gradient.tensor_split([self.projection.rank])
         rest = g.addmm_(p[self.rows()], r, alpha=-1)  # S
-        before = r.norm(dim=0)  # (other,), of each column
+        before = norms(r)
         n = self.adam_(r)  # (rank, other), in r's memory
-        phi = self.blocks * n.norm(dim=0) / (before + 1e-8)  # (other,)
+        phi = self.blocks * norms(n) / (before + 1e-8)  # (other,)
         rest = limit_growth_(self.state, rest.mul_(phi))
         return None, self.among_all(rest).addmm_(p, n)
 
 
+def norms(x):
+    """Of x's columns, float32."""
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)
+
+
 def limit_growth_(state, step):
     """Shrink a step that is more than GROWTH times as long as the last; state keeps its norm."""
-    norm = step.norm()  # () on the device
+    norm = frobenius(step)  # () on the device
     before = state.get("norm")
     if before is not None:  # a step of nothing, from a gradient not finite, bounds none after it
         excess = ((norm / (before + 1e-8)).clamp_(min=GROWTH) / GROWTH).where(before > 0, 1)

@@ -7,9 +7,13 @@ reaches the directions that P leaves out. Experimental: docs/results.md has what
 """
 
 import torch
+import torch.nn.functional as F
 
-from kernels.moments import Sum, adam_int8_
+from kernels import symmetric
+from kernels.launch import with_kernel
+from kernels.moments import adam_int8_
 from kernels.subspace import frobenius
+from kernels.sums import Sum
 from methods.fira import READS, Fira
 from methods.registry import FLOATS, register
 from quant import add_low_rank_int8_, dequantize_int8, quantize_int8
@@ -17,6 +21,7 @@ from quant import add_low_rank_int8_, dequantize_int8, quantize_int8
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum
 LIKE_ADAM = 0.2  # root of the mean square of its step in a square weight
 BLOCKS = 4  # of a weight's longer side, each of which becomes orthogonal
+TINY = 1e-35  # a size that is divided by is no less
 
 # a x + b x^3 + c x^5: nearest to 1 on [0.02, 1], then on what the one before makes of that: within
 # 0.124 of 1 (arXiv 2505.16932, section 3); upper ends are 5 % further out, for bfloat16's rounding
@@ -54,19 +59,18 @@ class Momentum:
     def add_(self, left, right, shrink, key):
         """m <- shrink m + left^T right, left (T, rows), right (T, cols)."""
         if self.kind == "float32":
-            self.m.mul_(shrink).addmm_(left.T.float(), right.float())
+            self.m.mul_(shrink).add_(left.T @ right)
         else:
             codes = (self.m, self.m_scale, self.m_zero)
-            left, right = left.T.contiguous(), right.T.contiguous()
-            add_low_rank_int8_(*codes, left, right, shrink, key)
+            add_low_rank_int8_(*codes, left.T, right.T, shrink, key, poison=True)
 
-    def take_(self):
-        """m, float32; what is left is 0."""
+    def take_(self, dtype=torch.float32):
+        """m, from INT8 in dtype; what is left is 0."""
         if self.kind == "float32":
             m = self.m
             self.m = torch.zeros_like(m)
             return m
-        m = dequantize_int8(self.m, self.m_scale, self.m_zero)
+        m = dequantize_int8(self.m, self.m_scale, self.m_zero, dtype)
         self.m_scale.zero_()
         self.m_zero.zero_()
         return m
@@ -84,16 +88,16 @@ class SumInMomentum(Sum):
         self.first = first
         super().__init__(rows - len(momentum.m), cols, "int8", device)
 
-    def add_(self, left, right, key):
-        r, rest = left.tensor_split([len(self.momentum.m)], dim=1)
+    def add_(self, lefts, right, key):
+        r, *rest = lefts
         shrink = 1.0 if self.first or self.added else 0.0
-        self.finite &= r.sum().isfinite()  # r is of all rows of the gradient, the rest of some
-        self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ 1)
+        self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ len(lefts))
         super().add_(rest, right, key)
 
-    def value(self):
-        r = self.momentum.take_().mul_(self.beta / (1 - self.beta))  # that step makes it beta m
-        return torch.cat([r, super().value()])
+    def value(self, dtype=torch.float32):
+        # that step makes it beta m
+        r = self.momentum.take_(dtype).mul_(self.beta / (1 - self.beta))
+        return torch.cat([r, super().value(dtype)])
 
 
 @register("qmuon", "Muon on INT8 weights, its momentum INT8 in the subspace; experimental",
@@ -110,7 +114,8 @@ class Muon(Fira):
         """Of a gradient in its momentum, unless that has another use or a finer sum is wanted."""
         o = self.optimizer
         beta = o.betas[0]
-        if what == "gradient" and o.accumulation == "int8" and beta > 1e-6 and not o.grad_clip:
+        below = what == "gradient" and self.blocks > 1  # R lies there, above the rows of G
+        if below and o.accumulation == "int8" and beta > 1e-6 and not o.grad_clip:
             first = o.ranks.rank == 0
             return SumInMomentum(self.moments, beta, first, rows, cols, o.device)
         return super().new_sum(what, rows, cols)
@@ -121,34 +126,80 @@ class Muon(Fira):
             self.moments.take_()
         super().drop()
 
+    def factors(self, x, dy):
+        """Of G alone, where a step looks at all its rows: R comes from their sum."""
+        if self.blocks > 1:
+            return super().factors(x, dy)
+        a, b = self.projection.sides(x, dy)
+        return (a,), b
+
     def norm(self, gradient):
         """Of G, as far as its rows tell: R may have been summed up in the momentum."""
+        if self.blocks == 1:
+            return frobenius(gradient)
         return frobenius(gradient[self.projection.rank :]) * self.blocks**0.5
 
     def direction(self, gradient):
-        r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
-        step = self.among_all(g.mul_(GRADIENT * self.blocks))
-        step.addmm_(self.projection.matrix(), self.adam_(r))  # adam_: the momentum's step
-        orthogonal_(step, self.dtype)
-        return None, step.mul_(LIKE_ADAM * max(step.shape) ** 0.5)
+        gradient = gradient.to(self.dtype)
+        p = self.projection.matrix(self.dtype)  # (dim, rank)
+        if self.blocks == 1:  # gradient is G
+            # adam_: the momentum's step
+            step = gradient.addmm_(p, self.adam_(p.T @ gradient), beta=GRADIENT)
+        else:
+            r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
+            step = p @ self.adam_(r)
+            step[self.rows()].add_(g, alpha=GRADIENT * self.blocks)
+        return None, orthogonal(step, self.projection.right, LIKE_ADAM * max(step.shape) ** 0.5)
 
 
-def orthogonal_(x, dtype):
-    """x <- about U V^T of each of BLOCKS blocks of its longer side, U S V^T.
+def orthogonal(x, right, factor):
+    """factor times about U V^T of each of BLOCKS blocks of columns of x, U S V^T.
 
-    Each polynomial of NEWTON_SCHULZ, an iteration in dtype, brings the singular values nearer to 1.
-    Blocks take fewer operations than the whole, and are no worse (docs/results.md)."""
-    for block in x.tensor_split(BLOCKS, dim=int(x.shape[0] <= x.shape[1])):
-        wide = block.shape[0] <= block.shape[1]
-        y = (block / (block.norm() + 1e-12)).to(dtype)
-        y = y if wide else y.T
-        for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
-            gram = y @ y.T
-            if i == 0:  # its norm bounds the largest singular value's square closer than y's
-                size = gram.norm() + 1e-12
-                y = y / size.sqrt()
-                gram = gram / size
-            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-            y = torch.addmm(y, polynomial, y, beta=a)
-        block.copy_(y if wide else y.T)
-    return x
+    x: (rows, cols), in the dtype of the products; overwritten. Each polynomial of NEWTON_SCHULZ, an
+    iteration, brings the singular values nearer to 1. Blocks take fewer operations than the whole,
+    and are no worse (docs/results.md). Returns (rows, cols), with `right` a transposed view, so
+    that W's step is contiguous: the step and x are all the memory of x's size."""
+    rows, cols = x.shape
+    if cols % BLOCKS:  # the last block is filled with zeros
+        x = F.pad(x, (0, -cols % BLOCKS))
+    width = x.shape[1] // BLOCKS
+    if right:
+        step = x.new_empty(x.shape[1], rows)
+        into = step.view(BLOCKS, width, rows).mT
+        step = step.T
+    else:
+        step = torch.empty_like(x)
+        into = step.view(rows, BLOCKS, width).transpose(0, 1)
+    y = x.view(rows, BLOCKS, width).transpose(0, 1)  # (BLOCKS, rows, width)
+    size = None
+    for i, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        # y keeps the size that it came with: gram is divided by the size's square
+        gram = gram_matrix(y if rows <= width else y.mT, size)
+        if i == 0:  # its norm bounds the square of the largest singular value
+            size = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True).clamp_(min=TINY)
+            gram.div_(size)
+        if i < len(NEWTON_SCHULZ) - 1:
+            z = polynomial(gram, a, b, c)
+        else:
+            z = polynomial(gram, a * factor, b * factor, c * factor, size)
+        del gram  # the largest weight's take 60 MB
+        torch.bmm(*((z, y) if rows <= width else (y, z)), out=into)
+        del z
+        y, into = into, y
+    return step[:, :cols]
+
+
+@with_kernel(symmetric.gram_matrix)
+def gram_matrix(y, size=None):
+    """y y^T of each matrix of y (n, rows, cols): (n, rows, rows), divided by size (n, 1, 1)."""
+    gram = y @ y.mT
+    return gram if size is None else gram.div_(size)
+
+
+@with_kernel(symmetric.polynomial)
+def polynomial(x, a, b, c, size=None):
+    """a + b X + c X^2 of each symmetric X of x (n, rows, rows), divided by the root of
+    size (n, 1, 1)."""
+    result = torch.baddbmm(x, x, x, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result if size is None else result.mul_(size.rsqrt())
