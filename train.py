@@ -51,7 +51,7 @@ rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
-compile = False  # torch.compile what lies between the matrices, such as RoPE and SwiGLU
+compile = False  # torch.compile what lies between the matrices and has no kernel of its own: SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
 rank: between(1, 2**20) = 128  # of the projections, or of LoRA's adapters

@@ -8,7 +8,7 @@ What is written for speed or for memory, below model.py and qgalore.py.
     subspace.py     bases of a gradient, and how alike two of them are
     attention.py    RoPE, masks, softmax(q k^T) v
     lean.py         layers that keep less for backward than autograd would
-    loss.py         the head and its loss by chunks; rows.py: Triton, for the loss and for norms
+    loss.py         the head and its loss by chunks; rows.py: Triton, for loss, norms and RoPE
     random.py       random numbers from a counter; nf4.py: QLoRA's 4 bits, by bitsandbytes
 
 A kernel has the name, the arguments and the result of a plain function, and is tested against it by

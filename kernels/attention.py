@@ -5,9 +5,11 @@ Attention without its matrices: RoPE's angles, which keys a token sees, softmax(
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import fused
+from kernels import rows
+from kernels.launch import fused, with_kernel
 
 
+@with_kernel(rows.turned)
 @fused
 def turned(q, k, cos, sin, back=False):
     """q and k (B, T, heads, hs), each turned by RoPE's angles, or back by them.

@@ -78,8 +78,12 @@ def fused(plain):
         if _counter is not None or not (_compiles == "cpu" or _compiles and tensor.is_cuda):
             return plain(tensor, *args, **kwargs)
         if compiled is None:
-            compiled = torch.compile(plain)
-        return compiled(tensor, *args, **kwargs)
+            # for all sizes at once: batches of other sizes would each compile it again
+            compiled = torch.compile(plain, dynamic=True)
+        # so would training and evaluation, which differ in what autograd knows of the arguments
+        args = [x.detach() if isinstance(x, torch.Tensor) else x for x in (tensor, *args)]
+        with torch.no_grad():
+            return compiled(*args, **kwargs)
 
     function.plain = plain
     return function

@@ -1,14 +1,15 @@
 """
-What is done row by row, in Triton: the cross-entropy of logits, RMSNorm. loss.py and lean.py have
-the same functions in plain torch and say what is computed.
+What is done row by row, in Triton: the cross-entropy of logits, RMSNorm, RoPE. loss.py, lean.py and
+attention.py have the same functions in plain torch and say what is computed.
 
     cross-entropy       a row of logits is read twice (the second time from the L2 cache, a row of
                         50,304 takes 98 KiB) and overwritten once by its gradient
     RMSNorm             a row stays in registers: read once, written once
     its backward        programs own blocks of rows. Each writes its part of the weight's gradient,
                         and a sum over the parts follows: the same bits in every run, no atomics
+    RoPE                queries and keys in one launch, of which torch.compile makes two or more
 
-Products by a pass are float32, whatever the tensors have.
+Sums of a pass are float32, whatever the tensors have.
 """
 
 import torch
@@ -58,7 +59,7 @@ def rms_norm(x, h, weight, eps, dtype):
 
 
 def rms_norm_backward(dy, dx, x, weight, rstd, need_dw=True):
-    """(dx + the gradient of x, of the weight); dx may be None, and without need_dw the latter is."""
+    """(dx + the gradient of x, the weight's); dx may be None, and the latter is without need_dw."""
     cols = x.shape[-1]
     if cols > MAX_COLS:
         return NotImplemented
@@ -78,6 +79,25 @@ def rms_norm_backward(dy, dx, x, weight, rstd, need_dw=True):
             num_warps=8, enable_fp_fusion=False,
         )
     return out, parts.sum(dim=0) if need_dw else None
+
+
+def turned(q, k, cos, sin, back=False):
+    """q and k (B, T, heads, hs), turned by the angles of cos and sin (T, hs / 2)."""
+    q = q.contiguous()
+    k = k.contiguous()
+    out = torch.empty_like(q), torch.empty_like(k)
+    B, T, n_q, size = q.shape
+    n_k = k.shape[2]
+    block_n = triton.next_power_of_2(size // 2)
+    block_m = max(1, TILE // 2 // block_n)  # heads of a program, half a tile of pairs
+    grid = (B * T, triton.cdiv(n_q + n_k, block_m))
+    if B * T:
+        _turn_kernel[grid](
+            q, k, cos.contiguous(), sin.contiguous(), *out, T, n_q, n_k, size // 2,
+            -1.0 if back else 1.0, block_m, block_n,
+            num_warps=4, enable_fp_fusion=False,
+        )
+    return out
 
 
 if triton is not None:
@@ -173,3 +193,33 @@ if triton is not None:
         if NEED_DW:
             part = tl.sum(dw, axis=0, keep_dims=True)  # (1, BLOCK_N)
             tl.store(part_ptr + tl.program_id(0) * cols + col, part, col < cols)
+
+    @triton.jit
+    def _turn_kernel(
+        q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, n_q, n_k, half, sign,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):
+        token = tl.program_id(0)
+        head = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]  # q's, then k's
+        pair = tl.arange(0, BLOCK_N)[None, :]
+        angle_at = (token % T) * half + pair
+        cos = tl.load(cos_ptr + angle_at, pair < half, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle_at, pair < half, other=0.0).to(tl.float32) * sign
+
+        # a pair's first coordinate, and its second, half a head further: (BLOCK_M, BLOCK_N)
+        of_q = (head < n_q) & (pair < half)
+        of_k = (head >= n_q) & (head < n_q + n_k) & (pair < half)
+        q_at = (token * n_q + head) * 2 * half + pair
+        k_at = (token * n_k + head - n_q) * 2 * half + pair
+        a = tl.load(q_ptr + q_at, of_q, other=0.0) + tl.load(k_ptr + k_at, of_k, other=0.0)
+        q_next = q_at + half
+        k_next = k_at + half
+        b = tl.load(q_ptr + q_next, of_q, other=0.0) + tl.load(k_ptr + k_next, of_k, other=0.0)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        left = a * cos - b * sin
+        right = b * cos + a * sin
+        tl.store(q_out_ptr + q_at, left, of_q)
+        tl.store(q_out_ptr + q_next, right, of_q)
+        tl.store(k_out_ptr + k_at, left, of_k)
+        tl.store(k_out_ptr + k_next, right, of_k)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import quant
 from kernels import (adam, launch, lean, loss, matmul, moments, products, quantized, rows,
                      symmetric)
-from kernels.attention import rotate
+from kernels.attention import rotate, turned
 from kernels.count import Counter
 from kernels.loss import chunk_length, cross_entropy_, head_logits, head_loss
 from kernels.moments import Record
@@ -598,6 +598,8 @@ for dtype, cols in ((torch.bfloat16, 512), (torch.bfloat16, 8192), (torch.float3
     x, weight = torch.zeros(2, cols, dtype=dtype), torch.zeros(cols)
     rows.rms_norm(x, x, weight, 1e-5, dtype)
     rows.rms_norm_backward(x, x, x, weight, torch.zeros(2, 1))
+    x = torch.zeros(1, 1, 32, 128, dtype=dtype)
+    rows.turned(x, x, x[0, 0, :1, :64], x[0, 0, :1, :64])
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 compiled = []
@@ -646,7 +648,7 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
     assert compiled >= {"_add_kernel", "_adam_int8_kernel", "_second_moment_kernel",
                         "_dequantize_kernel", "_matmul_kernel", "_symmetric_kernel",
                         "_round_kernel", "_transpose_kernel", "_cross_entropy_kernel",
-                        "_rms_norm_kernel", "_rms_norm_backward_kernel"}
+                        "_rms_norm_kernel", "_rms_norm_backward_kernel", "_turn_kernel"}
     for line in lines:
         kernel, capability, spilled, shared = line
         assert spilled == 0, line
@@ -754,6 +756,23 @@ def test_rotating_is_multiplying_by_unit_complex_numbers():
             lambda q, k: rotate(q, k, angle.cos(), angle.sin())[i] + 0 * (q.sum() + k.sum()),
             lambda q, k: plain((q, k)[i]) + 0 * (q.sum() + k.sum()), q, k,
         )
+
+
+@needs_triton
+@pytest.mark.parametrize("q_heads,k_heads,size", [(4, 4, 8), (5, 1, 12), (70, 10, 64)])
+def test_the_kernel_turns_queries_and_keys(q_heads, k_heads, size):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, q_heads, size, generator=generator)
+    k = torch.randn(2, 3, k_heads, size, generator=generator)
+    angle = torch.randn(3, size // 2, generator=generator)
+    for dtype in (torch.float32, HALF):
+        args = [x.to(dtype) for x in (q, k.mT.contiguous().mT, angle.cos(), angle.sin())]
+        for back in (False, True):
+            expected = turned.plain(*(x.float() for x in args), back)
+            got = on_device(rows.turned, *args, back)
+            close = 1e-6 if dtype == torch.float32 else 2e-3
+            for a, b in zip(got, expected):
+                torch.testing.assert_close(a.float(), b, rtol=close, atol=close)
 
 
 class Slices:
