@@ -26,8 +26,8 @@ from kernels.attention import all_documents, attend, attention_mask, last, rope,
 from kernels.lean import GLU, INIT_STD, Checkpoint, RMSNorm, plain_embedding, plain_linear  # noqa
 from kernels.loss import head_logits, head_loss
 from kernels.matmul import matmul_int8, matmul_transposed_int8
-from quant import (add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4, quantize_int8,
-                   quantize_nf4)
+from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
+                   quantize_int8, quantize_nf4)
 from run.ranges import OF_MODEL, check_values
 
 # -----------------------------------------------------------------------------
@@ -37,9 +37,9 @@ from run.ranges import OF_MODEL, check_values
 class QMatrix(nn.Module):
     """A matrix W (out_features, in_features) in few bits.
 
-    bits 8: INT8, each row one group, or groups of group_size columns. bits 4: NF4. bits 16: plainly
-    in `dtype`. W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see
-    quant.py), or NF4's four, or weight."""
+    bits 8: INT8 in groups of group_size columns; 0: a row is one group. bits 4: NF4. bits 16:
+    plainly in `dtype`. W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero
+    (see quant.py), or NF4's four, or weight."""
 
     BUFFERS = {
         4: ("packed", "absmax", "absmax_scale", "absmax_mean"),
@@ -47,7 +47,8 @@ class QMatrix(nn.Module):
         16: ("weight",),
     }
 
-    def __init__(self, out_features, in_features, bits=8, group_size=0, dtype=None, device=None):
+    def __init__(self, out_features, in_features, bits=8, group_size=GROUP_SIZE, dtype=None,
+                 device=None):
         super().__init__()
         if bits not in self.BUFFERS:
             raise ValueError(f"weights have 4, 8 or 16 bits, not {bits}")
@@ -90,7 +91,7 @@ class QEmbedding(QMatrix):
 
     SLICE = 8192  # 64 MiB in bfloat16 at a width of 4096
 
-    def __init__(self, vocab_size, dim, group_size=0, dtype=None, device=None):
+    def __init__(self, vocab_size, dim, group_size=GROUP_SIZE, dtype=None, device=None):
         super().__init__(vocab_size, dim, 8, group_size, dtype, device)
         self.dtype = dtype
 
@@ -116,16 +117,17 @@ class QLinear(QMatrix):
     uses: forward calls whose backward is pending. A layer that a model uses twice has its whole
     gradient only when this is empty.
 
-    matmul "int8" rounds x and dy to 8 bits in products with W (see quant.py); the hook gets them
-    unrounded. adapter: a module beside W that adds adapter(x), such as LoRA."""
+    matmul "int8" rounds x and dy to 8 bits in products with W, whose rows are one group each (see
+    kernels/matmul.py); the hook gets them unrounded. adapter: a module beside W that adds
+    adapter(x), such as LoRA."""
 
-    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=0,
+    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE,
                  dtype=None, device=None, matmul="float"):
         super().__init__(out_features, in_features, bits, group_size, dtype, device)
-        if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
-            raise ValueError(
-                f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits"
-            )
+        by_row = bits == 8 and self.scale.shape[1] == 1
+        if matmul not in ("float", "int8") or matmul == "int8" and not by_row:
+            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and for "
+                             "8 bits with a group a row (weight_group_size=0) int8")
         self.matmul = matmul
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         self.adapter = None
@@ -212,7 +214,7 @@ class _QLinearFunction(torch.autograd.Function):
         return dx, None, None
 
 
-def quantize_linears(model, pattern="", bits=8, group_size=0):
+def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
     """Put a QLinear in the place of torch's Linears of `model`, one after the other.
 
     pattern: a regular expression that their names match (re.search; "" matches all). A Linear that

@@ -277,7 +277,10 @@ def test_int8_products_give_the_hook_unrounded_factors():
     assert torch.equal(seen[0][0], x.flatten(0, 1)) and torch.equal(seen[0][1], dy.flatten(0, 1))
 
 
-@pytest.mark.parametrize("wrong", [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}, {"matmul": "int8", "group_size": 8}],
+)
 def test_a_product_that_there_is_not_is_refused(wrong):
     with pytest.raises(ValueError, match="matmul"):
         QLinear(24, 40, **wrong)

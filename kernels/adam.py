@@ -21,7 +21,7 @@ import torch
 
 from kernels.launch import MAX_GROUP, group_width, tl, triton
 
-BLOCK = 4096  # elements of a program at a time: 32 a thread of 4 warps
+BLOCK = 4096  # elements of a program at a time: 32 a thread of 4 warps, 16 of 8
 PARTS = 1024  # partial sums of a gradient at most, where no side's are wanted
 
 
@@ -79,7 +79,7 @@ def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key, factor=N
     _adam_int8_kernel[grid](
         m, scale, zero, g, row, col, row if factor is None else factor, *m.shape, 1 - beta,
         correction, eps, rate, key, factor is not None, group, block_m,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )
 
 

@@ -351,43 +351,58 @@ def test_the_kernel_rounds_bfloat16_to_the_same_bits(n):
 # INT8 products
 
 
-def int8_factors(rows, cols, group, dtype=torch.float32, tokens=70):
+def int8_factors(rows, cols, dtype=torch.float32, tokens=70):
     """(codes, x, dy): a weight's, and what it is multiplied with from the right and the left."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(rows, cols, generator=generator)
     x = torch.randn(tokens, cols, generator=generator)
     dy = torch.randn(tokens, rows, generator=generator)
-    return quantize_int8(w * 0.02 + 0.005, group), x.to(dtype), (dy * 1e-3).to(dtype)
+    return quantize_int8(w * 0.02 + 0.005, 0), x.to(dtype), (dy * 1e-3).to(dtype)
 
 
-INT8_PRODUCTS = [matmul.matmul_int8.plain, matmul.matmul_transposed_int8.plain]
+def kernel_matmul(x, q, scale, zero):
+    """matmul.matmul_int8 by its kernels."""
+    x, q, scale, zero = (t.to(DEVICE) for t in (x, q, scale, zero))
+    code, s, total = products.round_rows(x)
+    return products.scaled_product(code, q, s, total, scale, zero, x.dtype).cpu()
+
+
+def kernel_matmul_transposed(dy, q, scale, zero):
+    dy, q, scale, zero = (t.to(DEVICE) for t in (dy, q, scale, zero))
+    code, s, total = products.round_rows(dy, scale, zero)
+    return products.scaled_product(code, products.transposed(q), s, total, dtype=dy.dtype).cpu()
+
+
+INT8_PRODUCTS = [matmul.matmul_int8, matmul.matmul_transposed_int8]
 if launch.triton is not None:
-    INT8_PRODUCTS.append(partial(run_kernel, products.matmul_int8))
-    INT8_PRODUCTS.append(partial(run_kernel, products.matmul_transposed_int8))
+    INT8_PRODUCTS += [kernel_matmul, kernel_matmul_transposed]
+SHAPES = [(192, 150, 37), (300, 100, 70), (130, 260, 1), (33, 5, 65), (7, 3, 140)]
 
 
-@pytest.mark.parametrize(
-    "rows,cols,group", [(192, 528, 256), (300, 192, 256), (130, 100, 64), (7, 3, 2)]
-)
-def test_int8_products_are_within_a_hundredth_of_float_products(rows, cols, group):
-    codes, x, dy = int8_factors(rows, cols, group)
+@pytest.mark.parametrize("rows,cols,tokens", SHAPES)
+def test_int8_products_are_within_a_hundredth_of_float_products(rows, cols, tokens):
+    codes, x, dy = int8_factors(rows, cols, tokens=tokens)
     w = dequantize_int8(*codes)
-    matmul, matmul_transposed = INT8_PRODUCTS[:2]
     for got, expected in (
-        (matmul(x, *codes), x @ w.T),
-        (matmul_transposed(dy, *codes), dy @ w),
+        (matmul.matmul_int8(x, *codes), x @ w.T),
+        (matmul.matmul_transposed_int8(dy, *codes), dy @ w),
     ):
         assert 0 < (got - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_int8_products_are_exact_where_the_factor_is_on_its_grid(transposed):
-    (q, scale, zero), *_ = int8_factors(300, 300, 64)
+@pytest.mark.parametrize("int8", [False, True])
+def test_int8_products_are_exact_where_the_factor_is_on_its_grid(transposed, int8, monkeypatch):
+    monkeypatch.setattr(matmul, "_multiplies_int8", lambda code, q: int8)  # else in floats
+    monkeypatch.setattr(products, "MANY", (64, 64, 64, 4))
+    monkeypatch.setattr(matmul, "BLOCK", 300 * 33)
+    monkeypatch.setattr(matmul, "CHUNK", 300 * 20)
+    (q, scale, zero), *_ = int8_factors(300, 300)
     scale.fill_(2**-10)  # one for all weights: it does not move dy off its grid
     generator = torch.Generator().manual_seed(1)
     unit = torch.rand(70, 1, generator=generator) + 0.5
     a = torch.randint(-127, 128, (70, 300), generator=generator).float()
-    a[:, ::32] = 127  # the end of the grid, in every group
+    a[:, 0] = 127  # the end of the grid
     w = dequantize_int8(q, scale, zero, torch.float64)
     expected = (a * unit).double() @ (w if transposed else w.T)
     for product in INT8_PRODUCTS[transposed::2]:
@@ -395,27 +410,51 @@ def test_int8_products_are_exact_where_the_factor_is_on_its_grid(transposed):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_sums_of_the_largest_codes_do_not_overflow():
+    code = torch.full((20, 4096), 127, dtype=torch.int8)
+    q = torch.full((8, 4096), -128, dtype=torch.int8)
+    one = torch.ones(20)
+    y = matmul.scaled_product(code, q, one, 0 * one)
+    assert (y == -128 * 127 * 4096).all()
+
+
 @needs_triton
-@pytest.mark.parametrize(
-    "rows,cols,group,tokens",
-    [(192, 528, 256, 37), (300, 192, 256, 70), (130, 300, 64, 1)]
-    + [(64, 512, 512, 3), (33, 100, 32, 65)],
-)
-def test_the_kernels_int8_products_are_the_reference_s(rows, cols, group, tokens):
+@pytest.mark.parametrize("rows,cols,tokens", SHAPES)
+def test_the_kernels_int8_products_are_the_reference_s(rows, cols, tokens, monkeypatch):
+    monkeypatch.setattr(products, "WIDTH", 128)  # most rows are wider
+    if rows != 192:  # the interpreter takes its time for large tiles
+        monkeypatch.setattr(products, "MANY", (64, 32, 32, 4))
     for dtype, rtol in ((torch.float32, 1e-6), (HALF, 1e-3 if INTERPRETED else 1e-2)):
-        codes, *factors = int8_factors(rows, cols, group, dtype, tokens)
+        codes, *factors = int8_factors(rows, cols, dtype, tokens)
         for a, reference, kernel in zip(factors, INT8_PRODUCTS, INT8_PRODUCTS[2:]):
             got = kernel(a, *codes)
             expected = reference(a, *codes)
             assert got.dtype == dtype
             assert got.shape == expected.shape
-            assert (got.float() - expected.float()).norm() < rtol * expected.float().norm()
+            assert (got.float() - expected.float()).norm() <= rtol * expected.float().norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("rows,cols", [(192, 528), (5, 300), (130, 7)])
+def test_rows_and_bytes_are_rounded_and_turned_as_in_torch(rows, cols):
+    """Exactly, and in rows of 16 bytes that zeros fill."""
+    (q, scale, zero), x, dy = int8_factors(rows, cols)
+    for a, factors in ((x, ()), (dy, (scale, zero))):
+        expected = matmul.round_rows(a, *factors)
+        factors = [t.to(DEVICE) for t in factors]
+        code, s, total = (t.cpu() for t in products.round_rows(a.to(DEVICE), *factors))
+        assert code.shape[1] % 16 == 0
+        assert torch.equal(code[:, : a.shape[1]], expected[0])
+        assert not code[:, a.shape[1] :].any()
+        assert torch.equal(s, expected[1])
+        torch.testing.assert_close(total, expected[2], rtol=1e-5, atol=1e-5)
+    assert torch.equal(products.transposed(q.to(DEVICE))[:, :rows].cpu(), q.T)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 def test_a_token_that_is_not_finite_harms_no_other(bad):
-    codes, *factors = int8_factors(130, 100, 64, tokens=5)
+    codes, *factors = int8_factors(130, 100, tokens=5)
     for i, product in enumerate(INT8_PRODUCTS):
         a = factors[i % 2].clone()
         expected = product(a, *codes)
@@ -448,21 +487,6 @@ def test_tensors_that_a_kernel_does_not_take_stay_in_torch(monkeypatch):
     with pytest.raises(ValueError, match="power of two"):
         quant.quantize_int8(step.as_subclass(Claimed), 100)
     assert launch._works
-
-
-@needs_triton
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("group", [16, 1024])
-def test_groups_that_int8_kernels_do_not_take_stay_in_torch(group, monkeypatch):
-    monkeypatch.setattr(launch, "_works", True)
-    codes, *factors = int8_factors(5, 1100, group, tokens=3)
-    moved = [x.to(DEVICE) for x in codes]
-    for a, name in zip(factors, ("matmul_int8", "matmul_transposed_int8")):
-        function = getattr(matmul, name)
-        a = a.to(DEVICE)
-        assert getattr(products, name)(a, *moved) is NotImplemented
-        got = torch.Tensor(function(a.as_subclass(Claimed), *moved)).cpu()
-        torch.testing.assert_close(got, function.plain(a.cpu(), *codes))
 
 
 def test_memory_that_runs_out_is_no_reason_to_leave_the_kernels(monkeypatch):
@@ -552,10 +576,15 @@ for dtype in (torch.bfloat16, torch.float32):
     adam.mask_(g, w[0], record, w[0, 0])
     adam.adam_float32_(w, w, g, (0.9, 0.99), 3, 1e-8, 0.1, w[0], record)
     adam.adam_int8_(*quant.quantize_int8(w), g, w[:, 0], w[0], 0.9, 0.1, 1e-8, 5, w[0, 0], 0.1)
-    products.matmul_int8(w.to(dtype), *quant.quantize_int8(torch.zeros(512, 512)))
-    products.matmul_transposed_int8(w.to(dtype), *quant.quantize_int8(torch.zeros(512, 512)))
 adam.second_moment(w[:, 0], w[0], *sums, 0.9, 3, record)
 adam.add_bfloat16_(w.bfloat16(), w.bfloat16(), 0.1, 5)
+for tokens, dtype in ((512, torch.bfloat16), (512, torch.float32), (16, torch.bfloat16)):
+    x = torch.zeros(tokens, 512, dtype=dtype)
+    q, scale, zero = quant.quantize_int8(torch.zeros(512, 512), 0)
+    code, *of_tokens = products.round_rows(x)
+    products.scaled_product(code, q, *of_tokens, scale, zero, dtype)
+    products.scaled_product(code, products.transposed(q), *of_tokens, dtype=dtype)
+products.round_rows(wide.bfloat16(), wide[0, :, None], wide[0, :, None])
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
@@ -572,6 +601,7 @@ for dtype in (torch.bfloat16, torch.float32):
         rows.rms_norm_backward(x, x, x, weight, torch.zeros(2, 1))
 
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+compiled = []
 for kernel, args, options in launches:
     signature, constants, divisible = {}, {}, {}
     for i, (p, arg) in enumerate(zip(kernel.params, args)):
@@ -586,10 +616,12 @@ for kernel, args, options in launches:
             strides = "stride" in p.name and arg % 16 == 0
             if torch.is_tensor(arg) or p.name in ("rows", "cols") or strides:
                 divisible[i,] = [["tt.divisibility", 16]]
-    others = (75, 120) if "matmul" not in kernel.__name__ else ()  # Turing, Blackwell
-    if "symmetric" in kernel.__name__:  # Turing has no bfloat16
-        others = (120,)
-    for capability in (86, 89, 90, *others):  # Ampere, Ada, Hopper
+    # where Triton has no INT8 products, and no bfloat16
+    turing = () if "matmul" in kernel.__name__ or "symmetric" in kernel.__name__ else (75,)
+    if (signature, constants, options) in compiled:
+        continue
+    compiled.append((signature, constants, options))
+    for capability in (*turing, 86, 89, 90, 120):  # Ampere, Ada, Hopper, Blackwell
         source = ASTSource(kernel, signature, constants, divisible)
         target = GPUTarget("cuda", capability, 32)
         binary = triton.compile(source, target=target, options=options)
@@ -613,11 +645,13 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     compiled = {line[0] for line in lines}
     assert compiled >= {"_add_kernel", "_adam_int8_kernel", "_second_moment_kernel",
-                        "_dequantize_kernel", "_matmul_kernel", "_symmetric_kernel"}
+                        "_dequantize_kernel", "_matmul_kernel", "_symmetric_kernel",
+                        "_round_kernel", "_transpose_kernel"}
     for line in lines:
         kernel, capability, spilled, shared = line
         assert spilled == 0, line
-        assert shared <= 99 * 1024, line  # bytes that a block may have on a consumer card
+        # bytes that a block may have, on a consumer card
+        assert shared <= (227 if capability == 90 else 64 if capability == 75 else 99) * 1024, line
 
 
 # -----------------------------------------------------------------------------
