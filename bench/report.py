@@ -133,7 +133,7 @@ def measure(jobs, minutes, out_dir, machine, more=()):
 
     machine: {"device": its name, package: version}. more: flags after each job's own."""
     until = time.monotonic() + 60 * minutes
-    logs = os.path.join(out_dir, "logs")
+    logs = os.path.abspath(os.path.join(out_dir, "logs"))  # jobs run in the repository
     os.makedirs(logs, exist_ok=True)
     card = {"machine": machine, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "jobs": []}
     name = re.sub(r"\W+", "-", machine["device"]).strip("-")
@@ -155,7 +155,7 @@ def run(job, seconds, logs, more):
     args = [*job.args.split(), *more]
     found = {"name": job.name, "command": f"python -m {job.module} {' '.join(args)}"}
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=logs) as folder:  # a checkpoint of 7B takes 10 GB
         command = [sys.executable, "-m", job.module, *args, f"--out_dir={folder}"]
         log = os.path.join(logs, f"{job.name}.log")
         with open(log, "w") as f:
