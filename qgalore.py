@@ -28,9 +28,8 @@ from collections import deque
 import torch
 from torch.utils._pytree import tree_map_only
 
-from kernels.moments import Moments
-from kernels.subspace import (Arriving, frobenius, random_matrix, range_finder, similarity,
-                              singular_vectors)
+from kernels.moments import Moments, Record, take_
+from kernels.subspace import Arriving, random_matrix, range_finder, similarity, singular_vectors
 from kernels.sums import Sum, stacked
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
@@ -75,12 +74,15 @@ class Projection:
         self.arriving = None  # the last refresh's similarity, on its way from the device
         self.history = []  # (step, similarity, gap) of refreshes, until pop_refreshes takes them
         self.basis = None  # tensors: (packed, scale, zero), (q, scale, zero) or (P,)
+        self.decoded = None  # (basis, P) while a step needs P twice
         if self.rank == self.dim:  # any basis spans all, and this one is Adam's own
             self.basis = encode(torch.eye(self.dim, device=device), bits)
             self.next_refresh = math.inf
 
     def matrix(self, dtype=torch.float32):
         """P (dim, rank)."""
+        if self.decoded is not None and self.decoded[0] is self.basis:
+            return self.decoded[1].to(dtype)
         return decode(self.basis, dtype)
 
     def sides(self, x, dy):
@@ -90,7 +92,8 @@ class Projection:
     def project(self, x, dy):
         """(left, right) with left^T right = R (rank, other), from x (T, in) and dy (T, out)."""
         a, b = self.sides(x, dy)
-        return a @ self.matrix(a.dtype), b  # (T, rank), (T, other)
+        self.decoded = self.basis, self.matrix(a.dtype)
+        return a @ self.decoded[1], b  # (T, rank), (T, other)
 
     def due(self, step):
         """Whether this step's gradient makes a sketch; the gap may grow first, see _settle()."""
@@ -181,6 +184,8 @@ class Trained:
     counts the step, receive() gets the whole and calls move(), or keeps it until resume(), when the
     optimizer's step() knows the norm of all."""
 
+    adams = True  # a gradient goes to Adam as it comes, whose kernels take its norm, mask and clip
+
     def __init__(self, optimizer, name, place):
         self.optimizer = optimizer
         self.name = name
@@ -199,30 +204,38 @@ class Trained:
         """The key of the random numbers that round this tensor at this step."""
         return rounding_key(self.step, self.optimizer.seed, self.name, *what)
 
-    def receive(self, gradient, norm):
+    def receive(self, gradient):
         """Take a step's whole gradient. One that is not finite counts as zero."""
         o = self.optimizer
         if self.waiting is not None:
             raise RuntimeError("with grad_clip and micro-batches or ranks, call step() after the "
                                "last backward")
-        finite = norm.isfinite() & gradient.sum().isfinite()  # norm may be of some rows
-        o.skipped += ~finite
-        o.norms[self.place] = norm.where(finite, 0)
-        gradient.masked_fill_(~finite, 0)  # moments decay, and nothing is lost
-        if o.grad_clip and (o.accumulated or o.ranks.size > 1):
+        waits = o.grad_clip and (o.accumulated or o.ranks.size > 1)
+        record = Record(o.norms, o.skipped, self.place, 0.0 if waits else o.grad_clip)
+        if self.adams and not waits:
+            self.move(gradient, record)
+            return
+        take_(gradient, record, self.norm(gradient))
+        if waits:
             self.waiting = self.keep(gradient)
         else:
-            self.move(o.clip_(gradient))
+            self.move(gradient)
 
     def resume(self):
         """At step(): move by the gradient that waits."""
         if self.waiting is not None:
-            self.move(self.optimizer.clip_(self.waiting()))
+            gradient = self.waiting()
+            norm = self.optimizer.norms.norm()  # of all gradients
+            self.move(gradient.mul_((self.optimizer.grad_clip / norm).clamp_(max=1)))
         self.waiting = None
 
     def keep(self, gradient):
         """A function that gives the gradient back at step()."""
         return lambda: gradient
+
+    def norm(self, gradient):
+        """Of a gradient, () float32: for the log, and grad_clip. None: of all that was gathered."""
+        return None
 
     def drop(self):
         """Forget the parts of a step that has not moved the weight; it does not count."""
@@ -258,6 +271,8 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
+        # what a sister does with a gradient needs it masked and clipped
+        self.adams = type(self).direction is ProjectedWeight.direction
         self.task = None  # the backward in which it last moved
         layer.hook = self.look
 
@@ -289,6 +304,7 @@ class ProjectedWeight(Trained):
             key = random_key(o.seed, self.name, self.step, "sketch")
             left, right = self.projection.sketch(x, dy, key)
             self.gather("sketch", (left,), right, more and not alone)
+        self.projection.decoded = None
         self.ended = not more
         self.task = None if more else layer.task
 
@@ -312,11 +328,7 @@ class ProjectedWeight(Trained):
         ranks = self.optimizer.ranks
         if ranks.size > 1:
             product = product.to(self.dtype)  # as it is sent
-        ranks.sum_(product, self.receive_gradient if what == "gradient" else self.receive_sketch)
-
-    def receive_gradient(self, product):
-        gradient = product.float()
-        self.receive(gradient, self.norm(gradient))
+        ranks.sum_(product, self.receive if what == "gradient" else self.receive_sketch)
 
     def receive_sketch(self, product):
         if self.waiting is None:
@@ -337,16 +349,28 @@ class ProjectedWeight(Trained):
             self.refresh(self.sketch)
         self.sketch = None
 
-    def move(self, gradient):
-        """Step the weight by a gradient, as gathered, float32, which is overwritten."""
-        o = self.optimizer
-        key = self.key() if o.stochastic_rounding else None
-        self.apply(*self.direction(gradient), 1 - o.lr * o.weight_decay, key)
+    @property
+    def rate(self):
+        """What a step in W is multiplied by."""
+        return -self.optimizer.lr * self.scale
 
-    def adam_(self, r):
-        """r <- Adam(r), once a step."""
+    def move(self, gradient, record=None):
+        """Step the weight by a gradient, as gathered, which is overwritten.
+
+        Without a record it is finite and clipped."""
         o = self.optimizer
-        self.moments.step_(r, o.betas, o.eps, self.key("moment"))
+        if record is None:
+            p, n = self.direction(gradient)
+        else:
+            p = self.projection.matrix(self.dtype)
+            n = self.adam_(gradient, self.rate, record)
+        key = self.key() if o.stochastic_rounding else None
+        self.apply(p, n, 1 - o.lr * o.weight_decay, key)
+
+    def adam_(self, r, *more):
+        """r <- Adam(r), once a step. more: rate and record, see Moments.step_."""
+        o = self.optimizer
+        self.moments.step_(r, o.betas, o.eps, self.key("moment"), *more)
         return r
 
     def keep(self, gradient):
@@ -365,26 +389,21 @@ class ProjectedWeight(Trained):
         left, right = self.projection.project(x, dy)
         return (left,), right
 
-    def norm(self, gradient):
-        """Of what was gathered, () float32: for the log, and grad_clip."""
-        return frobenius(gradient)
-
     def direction(self, gradient):
-        """(P, N) of which W moves by P N, or (None, N) for N (dim, other).
+        """(P, N) of which W moves by P N, `rate` included, or (None, N) for N (dim, other).
 
-        gradient: as gathered, float32, may be overwritten. P: in self.dtype, in which P N is
-        multiplied."""
-        return self.projection.matrix(self.dtype), self.adam_(gradient)
+        gradient: as gathered, any float dtype, may be overwritten. P: in self.dtype, in which P N
+        is multiplied."""
+        return self.projection.matrix(self.dtype), self.adam_(gradient, self.rate)
 
     def apply(self, p, n, shrink, key):
-        """W <- shrink * W - lr * scale * (P N), rounded by `key`."""
-        n = n.mul_(-self.optimizer.lr * self.scale)
+        """W <- shrink * W + P N, rounded by `key`; without P it is N."""
+        right = self.projection.right
         if p is None:
-            self.layer.add_low_rank_(n.T if self.projection.right else n, None, shrink, key)
+            self.layer.add_low_rank_(n.T if right else n, None, shrink, key)
             return
-        n = n.to(p.dtype).T.contiguous()  # (other, rank)
-        left, right = (n, p) if self.projection.right else (p, n)
-        self.layer.add_low_rank_(left, right, shrink, key)
+        n = n.to(p.dtype).T  # (other, rank), a view: the product takes it as it lies
+        self.layer.add_low_rank_(*((n, p) if right else (p, n)), shrink, key)
 
     def refresh(self, sketch):
         if not self.moves:  # else the gradient that came with it was counted
@@ -436,15 +455,12 @@ class Parameter(Trained):
         self.ended = True
         self.p.grad = None  # its memory is free once the step is made
         gradient = gradient.to_dense().contiguous()  # torch's Embedding may make a sparse one
-        self.optimizer.ranks.sum_(gradient, self.receive_gradient)
+        self.optimizer.ranks.sum_(gradient, self.receive)
 
-    def receive_gradient(self, gradient):
-        self.receive(gradient, frobenius(gradient))
-
-    def move(self, gradient):
+    def move(self, gradient, record=None):
         o, p = self.optimizer, self.p
         matrix = gradient.flatten(1) if p.ndim > 2 else gradient
-        self.moments.step_(matrix, o.betas, o.eps, self.key())
+        self.moments.step_(matrix, o.betas, o.eps, self.key(), 1.0, record)
         if p.ndim > 1 and o.weight_decay:
             p.mul_(1 - o.lr * o.weight_decay)  # decoupled (arXiv 1711.05101)
         if p.dtype == torch.bfloat16:
@@ -535,11 +551,6 @@ class QGaLore(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError("QGaLore trains what its model has at the start: make a new one")
         super().add_param_group(group)
-
-    def clip_(self, gradient):
-        if self.grad_clip:
-            gradient.mul_((self.grad_clip / self.norms.norm()).clamp(max=1))
-        return gradient
 
     @torch.no_grad()
     def step(self, closure=None):

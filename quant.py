@@ -24,7 +24,7 @@ Plain torch is the reference. Under `@with_kernel(...)` a CUDA tensor goes on to
 
 import torch
 
-from kernels import quantized
+from kernels import adam, quantized
 from kernels.launch import chunks, group_width, on_gpu, with_kernel
 from kernels.nf4 import bitsandbytes, dequantize_nf4, quantize_nf4  # noqa: F401, for `from quant`
 from kernels.random import random_int16, random_key, rounding_key, uniform  # noqa: F401
@@ -173,23 +173,7 @@ def add_int8_(q, scale, zero, step, shrink=1.0, key=None, start=0, poison=False)
         _requantize_int8_(q[at], scale[at], zero[at], w, key, start + first, poison)
 
 
-@with_kernel(quantized.adam_int8_)
-def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
-    """A step of Adam with an INT8 first moment, and a second that is a row times a column.
-
-        m <- round(beta * m + (1 - beta) * g)
-        g <- m / correction / (row_i * col_j + eps)         m before it is rounded
-
-    m int8 (rows, cols), scale, zero float32 (rows, n_groups), g (rows, cols) any float dtype:
-    overwritten. row (rows,), col (cols,) float32: roots of the second moment's factors.
-    correction: 1 - beta^step. key: as above.
-    """
-    for at, start in _blocks(m):
-        new = dequantize_int8.plain(m[at], scale[at], zero[at]).lerp_(g[at].float(), 1 - beta)
-        g[at] = new / torch.outer(row[at], col).add_(eps).mul_(correction)  # Adam's direction
-        _requantize_int8_(m[at], scale[at], zero[at], new, key, start)
-
-
+@with_kernel(adam.add_bfloat16_)
 def add_bfloat16_(p, delta, alpha, key):
     """p <- round(p + alpha * delta), the sum formed in float32 and rounded stochastically.
 

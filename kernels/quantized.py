@@ -1,6 +1,6 @@
 """
-INT8 and INT4 in Triton: dequantise, quantise, the weight step and the Adam step. quant.py has the
-same functions in plain torch, and says what their arguments are.
+INT8 and INT4 in Triton: dequantise, quantise, and the weight step. quant.py has the same functions
+in plain torch, and says what their arguments are.
 
 In plain torch every line is a pass over memory: one update of a weight makes 32, which move
 186 bytes an element (counted), nearly half for its random numbers. Here a code is read once and
@@ -26,7 +26,7 @@ Offsets are 32 bits wide: a matrix has fewer than 2^31 elements.
 
 import torch
 
-from kernels.launch import group_width, tile_width, tl, triton
+from kernels.launch import group_width, tl, triton
 
 TILE = 4096  # elements of a program at a time: 16 a thread of 8 warps
 
@@ -97,19 +97,6 @@ def _launch_add(q, scale, zero, step, shrink, key, start, poison, moves):
         q, scale, zero, step, rows, cols, *step.stride(), shrink, key or 0, start,
         key is not None, poison, moves, group, block_m, block_n,
         num_warps=8, enable_fp_fusion=False,
-    )
-
-
-def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key):
-    """Adam's step in one pass: m and g are each read once and written once."""
-    group = tile_width(m, scale, zero, g)
-    if not group:
-        return NotImplemented
-    block_m = 4096 // group  # 32 elements a thread
-    grid = (triton.cdiv(m.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
-    _adam_kernel[grid](
-        m, scale, zero, g, row, col, *m.shape, 1 - beta, correction, eps, key, group, block_m,
-        num_warps=4, enable_fp_fusion=False,
     )
 
 
@@ -211,30 +198,6 @@ if triton is not None:
             code = tl.load(q_ptr + row * cols + col, inside, other=0).to(tl.float32)
             w = (code * scale + zero) * shrink + w
         return w
-
-    @triton.jit(do_not_specialize=["key"])
-    def _adam_kernel(
-        m_ptr, scale_ptr, zero_ptr, g_ptr, row_ptr, col_ptr, rows, cols, rate, correction, eps,
-        key: tl.uint64, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    ):
-        row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        col = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[None, :]
-        at = row * cols + col  # (BLOCK_M, GROUP)
-        group_at = row * tl.num_programs(1) + tl.program_id(1)  # (BLOCK_M, 1)
-        row_inside = row < rows
-        col_inside = col < cols
-        inside = row_inside & col_inside
-
-        # the first moment moves a part `rate` of the way to g
-        scale = tl.load(scale_ptr + group_at, row_inside)
-        zero = tl.load(zero_ptr + group_at, row_inside)
-        m = tl.load(m_ptr + at, inside).to(tl.float32) * scale + zero
-        m += (tl.load(g_ptr + at, inside).to(tl.float32) - m) * rate
-
-        # g becomes the direction of Adam's step
-        v_root = tl.load(row_ptr + row, row_inside) * tl.load(col_ptr + col, col_inside)
-        tl.store(g_ptr + at, tl.div_rn(m, (v_root + eps) * correction), inside)
-        _requantize(m_ptr, scale_ptr, zero_ptr, m, at, group_at, row_inside, col_inside, key, True)
 
     @triton.jit
     def _requantize(

@@ -118,16 +118,19 @@ class LoQT(ProjectedWeight):
         if self.projection.basis is not None:
             self.layer.adapter.take(self.projection.basis)
 
+    @property
+    def rate(self):
+        return -self.optimizer.lr
+
     def apply(self, p, n, shrink, key):
         """F moves by N."""
         factor = self.layer.adapter.factor
-        lr = self.optimizer.lr
         if shrink != 1:
             factor.mul_(shrink)  # weight decay, of what trains
         if factor.dtype == torch.bfloat16:
-            add_bfloat16_(factor, n.bfloat16(), -lr, key or 0)
+            add_bfloat16_(factor, n.bfloat16(), 1.0, key or 0)
         else:
-            factor.add_(n, alpha=-lr)
+            factor.add_(n)
 
     def refresh(self, sketch):
         w = self.layer.float_weight()  # W with the product merged into it

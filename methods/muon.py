@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from kernels import symmetric
 from kernels.launch import with_kernel
+from kernels.moments import adam_int8_
 from kernels.subspace import frobenius
 from kernels.sums import Sum
 from methods.fira import READS, Fira
 from methods.registry import FLOATS, register
-from quant import adam_int8_, add_low_rank_int8_, dequantize_int8, quantize_int8
+from quant import add_low_rank_int8_, dequantize_int8, quantize_int8
 
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum
 LIKE_ADAM = 0.2  # root of the mean square of its step in a square weight
@@ -148,7 +149,8 @@ class Muon(Fira):
             r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
             step = p @ self.adam_(r)
             step[self.rows()].add_(g, alpha=GRADIENT * self.blocks)
-        return None, orthogonal(step, self.projection.right, LIKE_ADAM * max(step.shape) ** 0.5)
+        size = LIKE_ADAM * max(step.shape) ** 0.5
+        return None, orthogonal(step, self.projection.right, self.rate * size)
 
 
 def orthogonal(x, right, factor):
@@ -188,14 +190,14 @@ def orthogonal(x, right, factor):
     return step[:, :cols]
 
 
-@with_kernel(symmetric.gram_matrix)
+@with_kernel(symmetric.gram_matrix, share=0.5)  # half of a symmetric product
 def gram_matrix(y, size=None):
     """y y^T of each matrix of y (n, rows, cols): (n, rows, rows), divided by size (n, 1, 1)."""
     gram = y @ y.mT
     return gram if size is None else gram.div_(size)
 
 
-@with_kernel(symmetric.polynomial)
+@with_kernel(symmetric.polynomial, share=0.5)
 def polynomial(x, a, b, c, size=None):
     """a + b X + c X^2 of each symmetric X of x (n, rows, rows), divided by the root of
     size (n, 1, 1)."""

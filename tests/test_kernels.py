@@ -14,9 +14,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import quant
-from kernels import launch, lean, matmul, products, quantized, symmetric
+from kernels import adam, launch, lean, matmul, moments, products, quantized, symmetric
+from kernels.moments import Record
 from methods import muon
 from quant import quantize_int4, quantize_int8, random_key, rounding_key, uniform
 
@@ -212,25 +214,129 @@ def test_the_kernel_rounds_up_as_often_as_the_fraction():
 # the Adam step
 
 
+# -----------------------------------------------------------------------------
+# Adam
+
+
+def some_gradient(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(*shape, generator=generator) * 1e-3).to(dtype)
+
+
+def both(name, *args, **kwargs):
+    """[(plain, kernel's)] of a function of moments.py: what it changed, what it gave back."""
+    results = []
+    for function in (getattr(moments, name).plain, getattr(adam, name)):
+        # the kernel's on the GPU, if there is one
+        device = "cpu" if not results else DEVICE
+        moved = tree_map_only(torch.Tensor, lambda x: x.to(device, copy=True), (args, kwargs))
+        out = function(*moved[0], **moved[1])
+        assert out is not NotImplemented
+        tensors = [x.cpu() for x in tree_leaves((moved, out)) if isinstance(x, torch.Tensor)]
+        results.append(tensors)
+    return list(zip(*results))
+
+
+def some_record(clip=0.0):
+    return Record(torch.tensor([3e-3, 7.0, 4e-3]), torch.tensor(2.0), 1, clip)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(3, 5), (70, 300), (2100, 20), (1, 4096)])
+def test_partial_squares_sum_up_to_the_same(shape):
+    for dtype in (torch.float32, HALF):
+        g = some_gradient(*shape, dtype=dtype).to(DEVICE)
+        expected = g.float().square().cpu()
+        by_row, by_col = adam.squares_by_side(g)
+        torch.testing.assert_close(by_row.sum(0).cpu(), expected.sum(1))
+        torch.testing.assert_close(by_col.sum(0).cpu(), expected.sum(0))
+        parts = adam.squares(g)
+        assert len(parts) <= adam.PARTS
+        torch.testing.assert_close(parts.sum().cpu(), expected.sum())
+        assert torch.equal(parts, adam.squares(g))
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("rows,cols", [(70, 512), (300, 17), (1, 600)])
+def test_the_kernel_makes_the_same_second_moment(rows, cols):
+    before = [x.abs() for x in (some_gradient(rows), some_gradient(cols))]
+    for bad in (None, math.inf, math.nan):
+        g = some_gradient(rows, cols)
+        if bad is not None:
+            g[0, 3] = bad
+        sums = [x.cpu() for x in adam.squares_by_side(g.to(DEVICE))]
+        for record in (some_record(), some_record(1e-3), None):
+            if bad is None or record is not None:
+                results = both("second_moment", *before, *sums, 0.9, 3, record)
+                for plain, kernel in results[4:]:  # not the squares, which may be NaN
+                    assert plain.isfinite().all()
+                    torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-12)
+
+
 @needs_triton
 @pytest.mark.parametrize("rows,cols", [(70, 512), (67, 300), (5, 48), (300, 17)])
-def test_the_kernel_steps_moments_to_the_same_codes(rows, cols):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_the_kernel_steps_moments_to_the_same_codes(rows, cols, factor):
+    generator = torch.Generator().manual_seed(1)
     codes = quantize_int8(torch.randn(rows, cols, generator=generator) * 1e-3)
-    g = torch.randn(rows, cols, generator=generator) * 1e-3
+    g = some_gradient(rows, cols)
     row = torch.rand(rows, generator=generator) * 0.1 + 0.01
     col = torch.rand(cols, generator=generator) * 0.1 + 0.01
-    rest = (row, col, 0.9, 0.19, 1e-8, 2**31 + 5)
-    expected = [x.clone() for x in (*codes, g)]
-    quant.adam_int8_.plain(*expected, *rest)
-    q, scale, zero, direction, *_ = run_kernel(quantized.adam_int8_, *codes, g, *rest)
-    torch.testing.assert_close(scale, expected[1], rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(zero, expected[2], rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(direction, expected[3], rtol=1e-5, atol=1e-6)
-    off = (q.int() - expected[0].int()).abs()
+    scales = (None if factor is None else torch.tensor(factor), -0.01)
+    q, *floats = both("adam_int8_", *codes, g, row, col, 0.9, 0.19, 1e-8, 2**31 + 5, *scales)
+    for plain, kernel in floats:
+        torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-8)
+    off = (q[1].int() - q[0].int()).abs()
     assert off.max() <= 1
     assert off.float().mean() <= 1e-3
-    assert (q != codes[0]).float().mean() > 0.5
+    assert (q[1] != codes[0]).float().mean() > 0.5
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_a_factor_of_0_takes_away_nan():
+    codes = quantize_int8(some_gradient(8, 512))
+    sides = torch.ones(8), torch.ones(512)
+    nothing = torch.zeros(8, 512)
+    for g in (nothing, nothing + math.nan, nothing + math.inf):
+        found = both("adam_int8_", *codes, g, *sides, 0.9, 0.19, 1e-8, 5, torch.tensor(0.0))
+        for plain, kernel in found:
+            assert kernel.float().isfinite().all()
+            torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-8)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("shape", [(5,), (4096,), (30, 301)])
+def test_kernels_note_mask_and_clip_alike(shape):
+    m = some_gradient(*shape) * 0.1
+    for bad in (None, math.inf, math.nan):
+        for record in (some_record(), some_record(1e-3), None):
+            g = some_gradient(*shape)
+            if bad is not None and record is not None:
+                g.view(-1)[3] = bad
+            parts = adam.squares(g.to(DEVICE)).cpu()
+            results = both("adam_float32_", m, m.square(), g, (0.9, 0.99), 3, 1e-8, -0.01, parts,
+                           record)
+            if record is not None:
+                results += both("mask_", g, parts, record)
+                results += both("mask_", g, parts, record, torch.tensor(0.5))
+            for plain, kernel in results:
+                torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-12, equal_nan=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [3, 10000])
+def test_the_kernel_rounds_bfloat16_to_the_same_bits(n):
+    p = (some_gradient(n) * 20).bfloat16()
+    delta = some_gradient(n).bfloat16()
+    for key in (1, rounding_key(7, "a"), 2**48 - 1):
+        expected = p.clone()
+        quant.add_bfloat16_.plain(expected, delta, -0.1, key)
+        found, _ = run_kernel(adam.add_bfloat16_, p, delta, -0.1, key)
+        assert (found != p).float().mean() > 0.3
+        assert (found != expected).float().mean() < 1e-3  # where torch fuses p + alpha * delta
 
 
 # -----------------------------------------------------------------------------
@@ -414,7 +520,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 import quant
-from kernels import products, quantized, symmetric
+from kernels import adam, products, quantized, symmetric
+from kernels.moments import Record
 
 # launches are noted, not made
 launches = []
@@ -431,9 +538,16 @@ quantized.quantize_int8(w.bfloat16(), 256)
 quantized.quantize_int8(wide, 0)
 for dtype in (torch.bfloat16, torch.float32):
     g = w.to(dtype)
-    quantized.adam_int8_(*quant.quantize_int8(w), g, w[:, 0], w[0], 0.9, 0.1, 1e-8, 5)
+    adam.squares(g)
+    sums = adam.squares_by_side(g)
+    record = Record(w[0], w[0, 0], 3, 1.0)
+    adam.mask_(g, w[0], record, w[0, 0])
+    adam.adam_float32_(w, w, g, (0.9, 0.99), 3, 1e-8, 0.1, w[0], record)
+    adam.adam_int8_(*quant.quantize_int8(w), g, w[:, 0], w[0], 0.9, 0.1, 1e-8, 5, w[0, 0], 0.1)
     products.matmul_int8(w.to(dtype), *quant.quantize_int8(torch.zeros(512, 512)))
     products.matmul_transposed_int8(w.to(dtype), *quant.quantize_int8(torch.zeros(512, 512)))
+adam.second_moment(w[:, 0], w[0], *sums, 0.9, 3, record)
+adam.add_bfloat16_(w.bfloat16(), w.bfloat16(), 0.1, 5)
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
@@ -482,7 +596,7 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     compiled = {line[0] for line in lines}
-    assert compiled >= {"_add_kernel", "_adam_kernel", "_dequantize_kernel", "_matmul_kernel"}
+    assert compiled >= {"_add_kernel", "_adam_int8_kernel", "_dequantize_kernel", "_matmul_kernel"}
     assert "_symmetric_kernel" in compiled
     for line in lines:
         kernel, capability, spilled, shared = line

@@ -3,8 +3,12 @@ What a GPU would launch, counted without one:
     python -m pytest tests/test_roofline.py
 """
 
+import math
+from functools import partial
+
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,7 +24,6 @@ from tests.common import HERE, settings
 
 # launches of an ordinary step, which may not creep up
 MOST = {"7b": 25_000, "60m": 5_300}
-MOST_OF_A_HOOK = 60  # of one projected weight
 H100 = card_named("H100")
 
 
@@ -140,20 +143,37 @@ def test_a_step_launches_no_more_than_it_did(steps):
         assert 100 < n <= MOST[size], counted
 
 
-def test_a_weights_hook_launches_no_more_than_it_did():
-    def hook():
-        model = torch.nn.Sequential(QLinear(4096, 4096, dtype=torch.bfloat16))
-        (weight,) = QGaLore(model, rank=1024).weights
-        weight.projection.basis = weight.empty_basis()
-        weight.projection.next_refresh = 10
-        x, dy = torch.empty(2, 4096, 4096, dtype=torch.bfloat16).unbind()
-        with Counter() as counter:
-            weight.look(weight.layer, x, dy)
-        return counter.launches
-
+def launches_of_a_hook(module, hook, rank=1024):
+    """How many kernels hook(optimizer) launches: a step of QGaLore on module, on fake tensors."""
     with FakeTensorMode():
-        n = launches(hook(), "")
-    assert 3 < n <= MOST_OF_A_HOOK
+        optimizer = QGaLore(module(dtype=torch.bfloat16), rank=rank)
+        for weight in optimizer.weights:  # an ordinary step: there is a basis, and it stays
+            weight.projection.basis = weight.empty_basis()
+            weight.projection.next_refresh = math.inf
+        with Counter() as counter:
+            hook(optimizer)
+    return sum(counter.launches.values())
+
+
+@pytest.mark.parametrize("cols,rows", [(512, 512), (4096, 4096), (4096, 11008), (11008, 4096)])
+def test_a_weights_hook_launches_12_kernels_at_most(cols, rows):
+    def hook(optimizer):
+        (weight,) = optimizer.weights
+        tokens = torch.empty(4096, cols + rows, dtype=torch.bfloat16)
+        weight.look(weight.layer, *tokens.split([cols, rows], dim=1))
+
+    assert launches_of_a_hook(partial(QLinear, cols, rows), hook, min(rows, cols) // 4) <= 12
+
+
+@pytest.mark.parametrize("most,module", [(3, partial(nn.RMSNorm, 4096)),
+                                         (6, partial(nn.Embedding, 50304, 4096))])
+def test_a_parameters_hook_launches_few_kernels(most, module):
+    def hook(optimizer):
+        (parameter,) = optimizer.parameters
+        parameter.p.grad = torch.empty_like(parameter.p)
+        parameter.look(parameter.p)
+
+    assert launches_of_a_hook(module, hook) <= most
 
 
 def test_a_step_multiplies_what_the_model_has(steps):
