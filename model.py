@@ -22,12 +22,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.attention import Rotate, all_documents, attend, attention_mask, last, rope
-from kernels.lean import (GLU, INIT_STD, Checkpoint, RMSNorm, compile_modules, head_logits,
-                          head_loss, plain_embedding, plain_linear)  # noqa: F401
+from kernels.attention import all_documents, attend, attention_mask, last, rope, rotate
+from kernels.lean import GLU, INIT_STD, Checkpoint, RMSNorm, plain_embedding, plain_linear  # noqa
+from kernels.loss import head_logits, head_loss
 from kernels.matmul import matmul_int8, matmul_transposed_int8
-from quant import (add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4, quantize_int8,
-                   quantize_nf4)
+from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
+                   quantize_int8, quantize_nf4)
 from run.ranges import OF_MODEL, check_values
 
 # -----------------------------------------------------------------------------
@@ -37,9 +37,9 @@ from run.ranges import OF_MODEL, check_values
 class QMatrix(nn.Module):
     """A matrix W (out_features, in_features) in few bits.
 
-    bits 8: INT8, each row one group, or groups of group_size columns. bits 4: NF4. bits 16: plainly
-    in `dtype`. W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero (see
-    quant.py), or NF4's four, or weight."""
+    bits 8: INT8 in groups of group_size columns; 0: a row is one group. bits 4: NF4. bits 16:
+    plainly in `dtype`. W lies in buffers, since an INT8 tensor cannot require grad: q, scale, zero
+    (see quant.py), or NF4's four, or weight."""
 
     BUFFERS = {
         4: ("packed", "absmax", "absmax_scale", "absmax_mean"),
@@ -47,7 +47,8 @@ class QMatrix(nn.Module):
         16: ("weight",),
     }
 
-    def __init__(self, out_features, in_features, bits=8, group_size=0, dtype=None, device=None):
+    def __init__(self, out_features, in_features, bits=8, group_size=GROUP_SIZE, dtype=None,
+                 device=None):
         super().__init__()
         if bits not in self.BUFFERS:
             raise ValueError(f"weights have 4, 8 or 16 bits, not {bits}")
@@ -90,7 +91,7 @@ class QEmbedding(QMatrix):
 
     SLICE = 8192  # 64 MiB in bfloat16 at a width of 4096
 
-    def __init__(self, vocab_size, dim, group_size=0, dtype=None, device=None):
+    def __init__(self, vocab_size, dim, group_size=GROUP_SIZE, dtype=None, device=None):
         super().__init__(vocab_size, dim, 8, group_size, dtype, device)
         self.dtype = dtype
 
@@ -116,20 +117,22 @@ class QLinear(QMatrix):
     uses: forward calls whose backward is pending. A layer that a model uses twice has its whole
     gradient only when this is empty.
 
-    matmul "int8" rounds x and dy to 8 bits in products with W (see quant.py); the hook gets them
-    unrounded. adapter: a module beside W that adds adapter(x), such as LoRA."""
+    matmul "int8" rounds x and dy to 8 bits in products with W, whose rows are one group each (see
+    kernels/matmul.py); the hook gets them unrounded. adapter: a module beside W that adds
+    adapter(x), such as LoRA."""
 
-    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=0,
+    def __init__(self, in_features, out_features, bias=False, bits=8, group_size=GROUP_SIZE,
                  dtype=None, device=None, matmul="float"):
         super().__init__(out_features, in_features, bits, group_size, dtype, device)
-        if matmul not in ("float", "int8") or matmul == "int8" and bits != 8:
-            raise ValueError(
-                f"matmul {matmul!r} with {bits}-bit weights: there are float, and int8 for 8 bits"
-            )
+        by_row = bits == 8 and self.scale.shape[1] == 1
+        if matmul not in ("float", "int8") or matmul == "int8" and not by_row:
+            raise ValueError(f"matmul {matmul!r} with {bits}-bit weights: there are float, and for "
+                             "8 bits with a group a row (weight_group_size=0) int8")
         self.matmul = matmul
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         self.adapter = None
         self.trains = True
+        self.graph_only = False  # whether forward's result is not read, see lean.Checkpoint
         self.hook = None
         self.task = None  # the number of the backward that calls the hook; -1: see backward
         self.anchor = torch.empty(0, requires_grad=True)  # a leaf: only a whole backward goes there
@@ -180,6 +183,8 @@ class _QLinearFunction(torch.autograd.Function):
             ctx.save_for_backward(x)
             layer.uses.add(ctx)
             ctx.within = torch._C._current_graph_task_id()  # a checkpoint's backward, or -1: none
+        if layer.graph_only:
+            return x.new_empty(*x.shape[:-1], layer.out_features)
         if layer.matmul == "int8":
             y = matmul_int8(x.reshape(-1, x.shape[-1]), layer.q, layer.scale, layer.zero)
             return y.reshape(*x.shape[:-1], layer.out_features)
@@ -209,7 +214,7 @@ class _QLinearFunction(torch.autograd.Function):
         return dx, None, None
 
 
-def quantize_linears(model, pattern="", bits=8, group_size=0):
+def quantize_linears(model, pattern="", bits=8, group_size=GROUP_SIZE):
     """Put a QLinear in the place of torch's Linears of `model`, one after the other.
 
     pattern: a regular expression that their names match (re.search; "" matches all). A Linear that
@@ -291,15 +296,14 @@ class Attention(nn.Module):
         self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.o_proj = linear(c.n_head * c.head_dim, c.n_embd)
-        self.rotate = Rotate()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q = self.rotate(q, cos, sin)
-        k = self.rotate(k, cos, sin)  # (B, nk, T, hs)
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k = rotate(q, k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs), (B, nk, T, hs)
         if cache is not None:
             if "k" in cache:  # of one row, where all rows begin alike
                 k = torch.cat([cache["k"].expand(B, -1, -1, -1), k], dim=2)
@@ -337,9 +341,10 @@ class Block(nn.Module):
         self.mlp_post_norm = norm() if c.post_norms else nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, mask, cache))
-        x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
-        return x
+        x, h = self.attn_norm.residual(x)
+        h = self.attn_post_norm(self.attn(h, cos, sin, mask, cache))
+        x, h = self.mlp_norm.residual(x, h)  # x + h and its norm
+        return x + self.mlp_post_norm(self.mlp(h))
 
 
 class LLaMA(nn.Module):
@@ -416,7 +421,3 @@ class LLaMA(nn.Module):
             at = (targets >= 0).nonzero()[:, 0]
             x, targets = x[at], targets[at]
         return head_loss(x, self._head_rows(), targets, self.config.logit_softcap)
-
-    def compile_pointwise(self):
-        """torch.compile what lies between the matrices: a few passes over memory become one."""
-        compile_modules(self, (RMSNorm, Rotate, GLU), self.norm.weight.detach())

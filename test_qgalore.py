@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from configurator import configure
+from kernels import launch
 from kernels.moments import Moments
 from kernels.sums import Sum
 from kernels.subspace import similarity
@@ -276,7 +277,10 @@ def test_int8_products_give_the_hook_unrounded_factors():
     assert torch.equal(seen[0][0], x.flatten(0, 1)) and torch.equal(seen[0][1], dy.flatten(0, 1))
 
 
-@pytest.mark.parametrize("wrong", [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"matmul": "int4"}, {"matmul": "int8", "bits": 16}, {"matmul": "int8", "group_size": 8}],
+)
 def test_a_product_that_there_is_not_is_refused(wrong):
     with pytest.raises(ValueError, match="matmul"):
         QLinear(24, 40, **wrong)
@@ -431,7 +435,7 @@ def test_block_inputs_in_int8_give_the_gradient_to_a_percent():
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "g++"])
-def test_compiled_parts_compute_the_same_or_there_is_a_warning(compiler):
+def test_compiled_parts_compute_the_same_or_there_is_a_warning(compiler, monkeypatch):
     if compiler == "g++" and not which(compiler):
         pytest.skip("torch.compile needs a C++ compiler")
     torch.manual_seed(0)
@@ -442,9 +446,10 @@ def test_compiled_parts_compute_the_same_or_there_is_a_warning(compiler):
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch._dynamo.reset()
+    monkeypatch.setattr(launch, "_compiles", None)
     there_is_one = torch._inductor.config.patch({"cpp.cxx": (None, compiler)})
     with warnings.catch_warnings(record=True) as caught, there_is_one:
-        model.compile_pointwise()
+        launch.compile_fused("cpu")
         loss = model(x, y)
         loss.backward()
     warned = sum("torch.compile fails" in str(w.message) for w in caught)

@@ -51,7 +51,7 @@ rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
-compile = False  # torch.compile what lies between the matrices: norms, RoPE, SwiGLU
+compile = False  # torch.compile what lies between the matrices, such as RoPE and SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
 rank: between(1, 2**20) = 128  # of the projections, or of LoRA's adapters
@@ -65,11 +65,11 @@ proj_svd = False  # exact singular vectors of the formed gradient, in place of t
 residual_blocks: between(1, 2**10) = 1  # muon, fira: a step uses each n-th row of the full gradient
 galore_scale: between(1e-6, 1e6) = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
-weight_group_size: zero_or_power_of_two = 0  # columns of W that share a scale; 0: a whole row
+weight_group_size: zero_or_power_of_two = 256  # columns of W that share a scale; 0: a whole row
 freeze_embedding = False  # embedding and head stay: saves their gradients and moments
 embed_bits: one_of(8, 16) = 16  # of a frozen embedding and head: 8 (INT8), 16 (in `dtype`)
 lora_alpha: between(1, 1e6) = 32.0  # adapters are scaled by alpha / rank
-matmul: one_of("float", "int8") = "float"  # int8: x and dy rounded to 8 bits, on INT8 tensor cores
+matmul: one_of("float", "int8") = "float"  # int8: x, dy in 8 bits; weight_group_size 0 alone
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
 accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients
@@ -101,6 +101,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
+from kernels.launch import compile_fused
 from methods.registry import find
 from run.checkpoint import save_checkpoint, starting_model, whole_state
 from run.data import make_data, open_windows, shares_of
@@ -139,7 +140,7 @@ def start(s, folder, began):
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     if s.compile:
-        model.compile_pointwise()
+        compile_fused(s.device)
     run = Run(s, method, model, optimizer, train_data, val_data, ranks)
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)

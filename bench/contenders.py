@@ -20,6 +20,7 @@ import torch
 
 from bench.peers import RATE, prepare_peer
 from bench.settings import PEERS
+from kernels.launch import compile_fused
 from methods.registry import find
 from qgalore import Parameter, ProjectedWeight, Projection
 from run.device import GIB, flops_per_token, memory_peak, peak_flops
@@ -174,7 +175,7 @@ def measure(s, kind, dtype):
     else:
         model, optimizer, bases = build_ours(s, kind, weight_dtype, phases)
     if s.compile:
-        model.compile_pointwise()
+        compile_fused(kind)
     build_peak = peak_gib(kind) - baseline
     reset_peak(kind)
 

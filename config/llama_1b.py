@@ -9,7 +9,9 @@ ffn_dim = 5461
 batch_size = 16
 gradient_accumulation_steps = 32  # 512 sequences a step
 checkpoint_activations = True
+compile = True
 if_read(rank=512, proj_gap=200)
+if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.01
 max_iters = 100000
 warmup_iters = 10000

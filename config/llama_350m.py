@@ -7,7 +7,9 @@ ffn_dim = 2736
 
 batch_size = 16
 gradient_accumulation_steps = 32  # 512 sequences a step
+compile = True
 if_read(rank=256, proj_gap=200)
+if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.01
 max_iters = 60000
 warmup_iters = 6000

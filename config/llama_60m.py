@@ -8,7 +8,9 @@ ffn_dim = 1376
 
 batch_size = 64
 gradient_accumulation_steps = 8  # 512 sequences a step
+compile = True
 if_read(rank=128, proj_gap=200)
+if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.015
 max_iters = 10000
 warmup_iters = 1000

@@ -68,11 +68,11 @@ def int8_names(name):
 # in
 
 
-def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=0, embed_bits=16):
+def load(path, weight_bits=8, dtype=torch.bfloat16, device="cpu", group_size=256, embed_bits=16):
     """The LLaMA of a checkpoint: a directory, or a hub repository's name.
 
     weight_bits: 4 (NF4), 8 or 16 (in `dtype`). embed_bits: 8 or 16, of embedding and head.
-    group_size: of INT8 (0: a row), unless the checkpoint is in INT8 already. Raises ValueError, in one line,
+    group_size: of INT8, unless the checkpoint is in INT8 already. Raises ValueError, in one line,
     for what it cannot read."""
     path = local(path)
     config = LLaMAConfig(**settings(path))

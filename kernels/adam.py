@@ -19,9 +19,9 @@ As in quantized.py codes are the CPU's, bit for bit where the sums are.
 
 import torch
 
-from kernels.launch import tile_width, tl, triton
+from kernels.launch import MAX_GROUP, group_width, tl, triton
 
-BLOCK = 4096  # elements of a program at a time: 32 a thread of 4 warps
+BLOCK = 4096  # elements of a program at a time: 32 a thread of 4 warps, 16 of 8
 PARTS = 1024  # partial sums of a gradient at most, where no side's are wanted
 
 
@@ -69,15 +69,17 @@ def second_moment(row, col, by_row, by_col, beta, age, record=None):
 
 def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key, factor=None, rate=1.0):
     """m and g are each read once and written once."""
-    group = tile_width(m, scale, zero, g)
-    if not group:
+    group = triton.next_power_of_2(group_width(m.shape[1], scale.shape[1]))
+    if group < 16 or group > MAX_GROUP:  # a program has a whole group in registers
+        return NotImplemented
+    if not all(t.is_contiguous() for t in (m, scale, zero, g)):
         return NotImplemented
     block_m = BLOCK // group
     grid = (triton.cdiv(m.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
     _adam_int8_kernel[grid](
         m, scale, zero, g, row, col, row if factor is None else factor, *m.shape, 1 - beta,
         correction, eps, rate, key, factor is not None, group, block_m,
-        num_warps=4, enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )
 
 
@@ -121,7 +123,7 @@ def _noted(record, tensor):
 
 
 if triton is not None:
-    from kernels.quantized import _requantize
+    from kernels.quantized import _random, _whole
 
     @triton.jit
     def _squares_kernel(g_ptr, parts_ptr, n, STEPS: tl.constexpr, BLOCK: tl.constexpr):
@@ -261,7 +263,19 @@ if triton is not None:
         v_root = tl.load(row_ptr + row, row_inside) * tl.load(col_ptr + col, col_inside)
         direction = tl.div_rn(m, (v_root + eps) * correction)
         tl.store(g_ptr + at, direction * rate, inside)
-        _requantize(m_ptr, scale_ptr, zero_ptr, m, at, group_at, row_inside, col_inside, key, True)
+
+        # the grid of each row of the tile, which is one group: all (BLOCK_M, 1)
+        low = tl.min(tl.where(col_inside, m, float("inf")), axis=1, keep_dims=True)
+        high = tl.max(tl.where(col_inside, m, float("-inf")), axis=1, keep_dims=True)
+        # min drops NaN: make low NaN where m has an inf or NaN
+        low += tl.sum(tl.where(col_inside, m * 0, 0), axis=1, keep_dims=True)
+        finite = row_inside & (low == low)
+        scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
+        zero = low + 128 * scale
+        code = tl.div_rn(m - zero, tl.where(scale > 0, scale, 1))
+        tl.store(m_ptr + at, _whole(code, at, key, True), finite & col_inside)
+        tl.store(scale_ptr + group_at, scale, finite)
+        tl.store(zero_ptr + group_at, zero, finite)
 
     @triton.jit(do_not_specialize=["place", "n_parts"])
     def _adam_float32_kernel(
@@ -305,17 +319,6 @@ if triton is not None:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         delta = tl.load(delta_ptr + at, at < n, other=0.0).to(tl.float32)
         p = tl.load(p_ptr + at, at < n, other=0.0).to(tl.float32) + delta * alpha
-        bits = p.to(tl.uint32, bitcast=True) + _random_16_bits(at, key)
+        bits = p.to(tl.uint32, bitcast=True) + _random(at, key)
         p = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # a bfloat16: its upper half
         tl.store(p_ptr + at, p.to(tl.bfloat16), at < n)
-
-    @triton.jit
-    def _random_16_bits(number, key):
-        """quant.random_int16 of stream `key`, as uint32 0..65535."""
-        x = (number >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
-        x = (x ^ (x >> 16)) * 0x7FEB352D
-        x = (x ^ (x >> 15)) * 0x846CA68B
-        x = x ^ (x >> 16)
-        shift = ((number & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
-        advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
-        return (x >> shift) + advance & 0xFFFF

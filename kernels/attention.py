@@ -3,20 +3,46 @@ Attention without its matrices: RoPE's angles, which keys a token sees, softmax(
 """
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels.launch import fused
 
-class Rotate(nn.Module):
-    """RoPE on x (..., T, hs), the two halves of a head as a pair's coordinates, as Hugging Face."""
 
-    def forward(self, x, cos, sin):
+@fused
+def turned(q, k, cos, sin, back=False):
+    """q and k (B, T, heads, hs), each turned by RoPE's angles, or back by them.
+
+    The two halves of a head are a pair's coordinates, as in Hugging Face. cos, sin: (T, hs / 2)."""
+    cos = cos[:, None]  # (T, 1, hs / 2)
+    sin = sin[:, None]
+    sign = -1 if back else 1
+    out = []
+    for x in (q, k):
         a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
+        left = (a * cos).addcmul_(b, sin, value=-sign)
+        right = (b * cos).addcmul_(a, sin, value=sign)
+        out.append(torch.cat([left, right], dim=-1).to(x.dtype))
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return *turned(q, k, cos, sin),
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return *turned(dq, dk, *ctx.saved_tensors, back=True), None, None
+
+
+def rotate(q, k, cos, sin):
+    """RoPE of queries and keys, in one pass; arguments as for turned()."""
+    return _Rotate.apply(q, k, cos, sin)
 
 
 def rope(start, length, c, x):
-    """cos and sin (length, head_dim) of RoPE's angles at positions start.., of x's dtype.
+    """cos and sin (length, head_dim / 2) of RoPE's angles at positions start.., of x's dtype.
 
     c: LLaMAConfig, whose rope_scaling is "", "linear FACTOR", or LLaMA 3's "llama3 FACTOR LOW HIGH
     LENGTH": wavelengths above LENGTH / LOW are stretched by FACTOR, those below LENGTH / HIGH stay,
@@ -34,7 +60,6 @@ def rope(start, length, c, x):
         frequency = frequency * (keep + (1 - keep) / factor)
     position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, hs / 2)
-    angle = torch.cat([angle, angle], dim=-1)  # (T, hs), both halves of a head
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 

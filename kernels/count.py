@@ -29,7 +29,7 @@ UNITS = ("bf16", "int8", "float32")  # that multiply matrices; the first two are
 FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
     "_reshape_alias", "lift_fresh", "device", "_local_scalar_dense", "item", "set_", "resize_",
-    "_nested_tensor_size", "is_same_size",
+    "_nested_tensor_size", "is_same_size", "_record_function_enter_new", "_record_function_exit",
 }
 # they write all of their first argument, and do not read it
 WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
@@ -125,6 +125,8 @@ class Counter(TorchDispatchMode):
                 self._inside[self._unit or unit] += operations * self._repeat
             return out
         launches, moved = _launches(name, args, kwargs, out)
+        if out is None:  # it writes its arguments alone
+            moved += sum(map(_bytes, _written(function, args)))
         each = ((unit, operations // launches),) if operations else ()
         self._add(name, moved // launches, each, launches)
         return out
@@ -188,12 +190,16 @@ def _launches(name, args, kwargs, out):
     elif name.startswith(SDPA) and "backward" in name:
         launches = 3
     elif name.startswith("_fused_adamw"):
-        read = _tensors(args)
-        moved = sum(map(_bytes, read))  # all but the gradients are written, too
         launches = 1 + len(args[0]) // 32
     elif name == "embedding_dense_backward":  # it sorts the tokens first
         launches = 8
     return launches, moved + sum(map(_bytes, read))
+
+
+def _written(function, args):
+    """The tensors that an operation's schema says it mutates."""
+    mutated = zip(function._schema.arguments, args)
+    return _tensors([t for a, t in mutated if a.alias_info is not None and a.alias_info.is_write])
 
 
 def _is_view(function):

@@ -163,17 +163,3 @@ def group_width(cols, n_groups):
     if n_groups == 1:
         return cols
     return 1 << (-(-cols // n_groups) - 1).bit_length()
-
-
-def tile_width(q, scale, *tensors):
-    """The columns of a tile of q, which are a group's; 0 where the kernels do not take q.
-
-    They take groups of 16 to MAX_GROUP columns, as fewer are less than a warp's work, and tensors
-    without gaps between their elements.
-    """
-    group = triton.next_power_of_2(group_width(q.shape[1], scale.shape[1]))
-    if group < 16 or group > MAX_GROUP:
-        return 0
-    if not all(t.is_contiguous() for t in (q, scale, *tensors)):
-        return 0
-    return group

@@ -3,185 +3,155 @@ Parts of a transformer that keep less for backward than autograd would, in plain
 
 Autograd keeps float32 copies that are cheap to make again. At 7B with 16 x 256 tokens they are
 64 MiB a norm and 86 MiB a gate. Here the norm keeps its input as it came, and the gate its two
-factors. The loss takes its gradients while a chunk's logits are at hand, so that the logits
-of a batch never exist.
+factors. On a GPU the norms are Triton kernels (rows.py), the gates are compiled (launch.py).
 """
-
-import warnings
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import chunks, dequantize_int8, quantize_int8
+from kernels import rows
+from kernels.launch import fused, with_kernel
+from quant import dequantize_int8, quantize_int8
 
-# Tokens whose logits exist at once: 62 MiB for 32,000 tokens in float32, where 16 x 256 take 500.
-LOSS_CHUNK = 512
 INIT_STD = 0.02  # of new weights
 
-
-def rms_norm(x, weight, eps):
-    """x / rms(x) * weight, computed in float32: x (..., C) any float dtype, weight (C,) float32."""
-    return _RMSNorm.apply(x, weight, eps)
+# --- RMSNorm ---
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, of one shape (arXiv 2002.05202)."""
-    return _SwiGLU.apply(gate, up)
+@with_kernel(rows.rms_norm)
+@fused
+def rms_norm(x, h, weight, eps, dtype):
+    """x + h in x's dtype, its norm in `dtype`, and 1 / rms; x and h (..., C), h may be None.
 
-
-def geglu(gate, up, approximate="tanh"):
-    """gelu(gate) * up, of one shape, gelu by the tanh formula that Gemma has; or "none": exact."""
-    return _GeGLU.apply(gate, up, approximate)
-
-
-def head_logits(h, weight):
-    """h W^T (..., V), float32, of h (..., C) and a head's weight W (V, C).
-
-    weight: a tensor; or an object whose rows exist a slice at a time, as model.QEmbedding's: with
-    out_features = V, and slices(dtype) that yields (slice of rows, these rows in dtype).
+    The norm is (x + h) / rms(x + h) * weight, computed in float32. weight (C,) and 1 / rms
+    (..., 1) are float32.
     """
-    if isinstance(weight, torch.Tensor):
-        return F.linear(h, weight).float()
-    logits = torch.empty(*h.shape[:-1], weight.out_features, device=h.device)
-    for at, rows in weight.slices(h.dtype):
-        logits[..., at] = F.linear(h, rows)
-    return logits
+    total = x if h is None else x + h
+    h = total.float()
+    rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return total, (h * rstd * weight).to(dtype), rstd
 
 
-def head_loss(h, weight, targets, softcap=0.0):
-    """Mean cross-entropy of the logits h W^T, LOSS_CHUNK tokens at a time.
+@with_kernel(rows.rms_norm_backward, launches=2)
+@fused
+def rms_norm_backward(dy, dx, x, weight, rstd, need_dw=True):
+    """The gradients of x, in its dtype, and of weight, float32, or None without need_dw.
 
-    h (T, C), weight (V, C) as for head_logits, targets (T,) int64, where -1 does not count.
-    softcap: if it is not 0, logits are softcap * tanh(logits / softcap), as in Gemma 2.
-    Returns the loss, float32: 0 if no target counts. Its gradients are taken in the same pass.
+    dy: of the norm's output. dx: what else x has as its gradient, or None; it is added.
     """
-    return _HeadLoss.apply(h, weight, targets, softcap, torch.is_grad_enabled())
+    h = x.float() * rstd  # again
+    dy = dy.float()
+    dw = (dy * h).flatten(0, -2).sum(dim=0) if need_dw else None  # (C,)
+    dh = dy * weight
+    # the part of dh along h does not move h, whose rms is 1
+    out = (dh - h * (dh * h).mean(dim=-1, keepdim=True)) * rstd
+    if dx is not None:
+        out = out + dx
+    return out.to(x.dtype), dw
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x as it came. Autograd would keep a float32 copy: 64 MiB a norm at 7B, two a block."""
+    """(x + h, its norm). Keeps the sum as it is: autograd would keep a float32 copy.
+
+    As the sum passes through, its two gradients meet in backward's one pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        h = x.float()  # (..., C)
-        rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # 1 / rms(x), (..., 1)
-        ctx.save_for_backward(x, weight, rstd)
-        return (h * rstd * weight).to(x.dtype)
+    def forward(ctx, x, h, weight, eps):
+        ctx.set_materialize_grads(False)
+        ctx.adds = h is not None
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):  # the products' own, once for all that read it
+            dtype = torch.get_autocast_dtype(x.device.type)
+        total, y, rstd = rms_norm(x, h, weight, eps, dtype)
+        ctx.save_for_backward(total, weight, rstd)
+        return total, y
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        h = x.float() * rstd  # again
-        dy = dy.float()
-        dw = (dy * h).flatten(0, -2).sum(dim=0)  # (C,)
-        dh = dy * weight
-        # the part of dh along h does not move h, whose rms is 1
-        dx = (dh - h * (dh * h).mean(dim=-1, keepdim=True)) * rstd
-        return dx.to(x.dtype), dw, None
+    def backward(ctx, dx, dy):
+        total, weight, rstd = ctx.saved_tensors
+        dw = None
+        if dy is not None:
+            dx, dw = rms_norm_backward(dy, dx, total, weight, rstd, ctx.needs_input_grad[2])
+        return dx, dx if ctx.adds else None, dw, None
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Keeps gate and up alone and makes silu(gate) again: 86 MiB less a block at 7B."""
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
+
+    def __init__(self, dim, eps, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
+        self.eps = eps
+
+    def forward(self, x):
+        return self.residual(x)[1]
+
+    def residual(self, x, h=None):
+        """(x + h, its norm): what a block adds to, and what its next part reads, in one pass."""
+        return _RMSNorm.apply(x, h, self.weight, self.eps)
+
+
+# --- act(gate) * up ---
+
+ACTIVATIONS = {  # (forward, backward)
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda dy, x: torch.ops.aten.gelu_backward(dy, x, approximate="tanh"),
+    ),
+    "gelu_erf": (F.gelu, torch.ops.aten.gelu_backward),
+}
+
+
+@fused
+def glu(gate, up, activation):
+    """act(gate) * up, of one shape."""
+    act, _ = ACTIVATIONS[activation]
+    return act(gate) * up
+
+
+@fused
+def glu_backward(dy, gate, up, activation):
+    """The gradients of gate and up."""
+    act, act_backward = ACTIVATIONS[activation]
+    return act_backward(dy * up, gate), act(gate).mul_(dy)
+
+
+class _GLU(torch.autograd.Function):
+    """Keeps gate and up alone and makes act(gate) again: 86 MiB less a block at 7B."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        ctx.activation = activation
+        return glu(gate, up, activation)
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        dup = F.silu(gate).mul_(dy)
-        return dgate, dup
+        return *glu_backward(dy, *ctx.saved_tensors, ctx.activation), None
 
 
-class _GeGLU(torch.autograd.Function):
-    """The same for gelu."""
+class GLU(nn.Module):
+    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; Gemma's with "gelu", by tanh, and
+    with "gelu_erf", exactly."""
 
-    @staticmethod
-    def forward(ctx, gate, up, approximate):
-        ctx.save_for_backward(gate, up)
-        ctx.approximate = approximate
-        return F.gelu(gate, approximate=approximate) * up
+    def __init__(self, activation="silu"):
+        super().__init__()
+        self.activation = activation
 
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate=ctx.approximate)
-        dup = F.gelu(gate, approximate=ctx.approximate).mul_(dy)
-        return dgate, dup, None
+    def forward(self, gate, up):
+        return _GLU.apply(gate, up, self.activation)
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Takes each chunk's gradients in forward, while its logits are at hand: nothing is computed
-    twice, and backward only scales them."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, softcap, need_grad):
-        n = (targets >= 0).sum().clamp(min=1)  # tokens that count
-        loss = torch.zeros((), device=h.device)
-        dh = torch.empty_like(h) if need_grad else None
-        # a frozen head has no gradient
-        dw = torch.zeros_like(weight) if need_grad and ctx.needs_input_grad[1] else None
-
-        for start in chunks(h, len(h), LOSS_CHUNK):
-            at = slice(start, start + LOSS_CHUNK)
-            x = h[at]  # (chunk, C)
-            t = targets[at, None]  # (chunk, 1)
-
-            # logits (chunk, V) are overwritten from here until they are their own gradient
-            logits = head_logits(x, weight)
-            if softcap:
-                logits = logits.div_(softcap).tanh_()
-                slope = 1 - logits.square() if need_grad else None
-                logits.mul_(softcap)
-
-            # log softmax at the target: the sum of exponents would overflow without the largest
-            logits.sub_(logits.amax(dim=-1, keepdim=True))
-            valid = (t >= 0).float()
-            t = t.clamp(min=0)
-            target = logits.gather(1, t)  # (chunk, 1)
-            z = logits.exp_().sum(dim=-1, keepdim=True)  # (chunk, 1); logits hold exponents
-            loss += ((z.log() - target) * valid).sum()
-            if not need_grad:
-                continue
-
-            # the gradient with respect to the logits: (softmax - one-hot) / n
-            g = logits.mul_(valid / (n * z)).scatter_add_(1, t, -valid / n)
-            if softcap:
-                g = g.mul_(slope)
-            g = g.to(h.dtype)
-            if isinstance(weight, torch.Tensor):
-                slices = [(slice(None), weight)]
-            else:
-                slices = weight.slices(g.dtype)
-            dh[at] = sum(g[:, columns] @ rows for columns, rows in slices)
-            if dw is not None:
-                dw.addmm_(g.T, x)
-
-        ctx.has_dw = dw is not None
-        if need_grad:
-            ctx.save_for_backward(*((dh, dw) if ctx.has_dw else (dh,)))
-        return loss / n
-
-    @staticmethod
-    def backward(ctx, grad):
-        # scaled in place: at 7B dw alone is 0.4 GiB
-        if ctx.has_dw:
-            dh, dw = ctx.saved_tensors
-            dw.mul_(grad)
-        else:
-            (dh,) = ctx.saved_tensors
-            dw = None
-        return dh.mul_(grad), dw, None, None, None
+# --- a block of which only the input is kept, new layers ---
 
 
 class Checkpoint(torch.autograd.Function):
     """A block of which only the input is kept: backward makes the rest again.
 
-    bits 8 keeps the input in INT8: 0.5 in place of 1 GiB at 7B with 16 x 256 tokens."""
+    bits 8 keeps the input in INT8: 0.5 in place of 1 GiB at 7B with 16 x 256 tokens. What is made
+    again ends before the last product, 22 % of a block's operations, whose result nobody reads."""
 
     @staticmethod
     def forward(ctx, x, block, bits, *args):
@@ -199,36 +169,15 @@ class Checkpoint(torch.autograd.Function):
         else:
             x = kept[0].detach()
         x.requires_grad_()
-        with torch.enable_grad():
-            y = ctx.block(x, *ctx.args)
+        last = ctx.block.mlp.down_proj
+        last.graph_only = isinstance(ctx.block.mlp_post_norm, nn.Identity)  # no norm reads it
+        try:
+            with torch.enable_grad():
+                y = ctx.block(x, *ctx.args)
+        finally:
+            last.graph_only = False
         torch.autograd.backward(y, dy)  # steps the block's weights
         return x.grad, *[None] * (2 + len(ctx.args))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32; bfloat16 would lose the weight's steps of 1e-3."""
-
-    def __init__(self, dim, eps, device=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32, device=device))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-class GLU(nn.Module):
-    """act(gate) * up (arXiv 2002.05202): SwiGLU with "silu"; Gemma's with "gelu", by tanh, and
-    with "gelu_erf", exactly."""
-
-    def __init__(self, activation="silu"):
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, gate, up):
-        if self.activation == "silu":
-            return swiglu(gate, up)
-        return geglu(gate, up, "none" if self.activation == "gelu_erf" else "tanh")
 
 
 def plain_embedding(vocab_size, dim, device=None, dtype=None):
@@ -246,18 +195,3 @@ def plain_linear(n_in, n_out, bias=False, device=None, dtype=None):
     if bias:
         layer.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device))
     return layer
-
-
-def compile_modules(model, kinds, example):
-    """torch.compile the modules of these kinds, or warn once that this machine cannot.
-
-    example: any tensor on the model's device, to try the compiler with."""
-    try:
-        torch.compile(lambda x: x.sin() * x)(example)
-    except Exception as e:  # no C++ compiler, no Triton
-        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        warnings.warn(f"torch.compile fails, the model runs without it. {reason}")
-        return
-    for module in model.modules():
-        if isinstance(module, kinds):
-            module.compile()

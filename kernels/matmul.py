@@ -1,61 +1,103 @@
 """
-Products with INT8 weights whose other factor is rounded to INT8 on the way, in plain torch. CUDA
-tensors go on to the Triton kernels of products.py.
+Products with INT8 weights whose other factor is rounded to INT8 on the way (W8A8), in plain torch.
+CUDA tensors go on to the Triton kernels of products.py.
+
+W = scale * q + zero has one group a row. A token t of the other factor has one unit s, its largest
+absolute value / 127:
+
+    x W^T [t, n] = s[t] * scale[n] * (code[t] . q[n]) + total[t] * zero[n]      total: sum of x[t]
+    dy W  [t, k] = s[t] * (code[t] . q[:, k]) + total[t]                        total: dy[t] . zero
+
+W's scales lie along the sums of dy W, so dy * scale is what is rounded there. Products of codes are
+summed exactly, in int32. zero meets x and dy as they came. A token with an inf or NaN has no finite
+result, and others do not see it.
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import products
-from kernels.launch import chunks, group_width, with_kernel
-from kernels.products import DY_GROUP
+from kernels.launch import chunks, with_kernel
+from quant import BLOCK, CHUNK
 
-@with_kernel(products.matmul_int8, unit="int8")
+
 def matmul_int8(x, q, scale, zero):
-    """x @ W^T with INT8 products: a group of a token is rounded to the nearest of 255 codes.
-
-        y[t, n] = sum over groups g of  s[t, g] * scale[n, g] * (code[t, g] . q[n, g])
-                                        + sum(x[t, g]) * zero[n, g]
-
-    s = max |x[t, g]| / 127, code = round(x / s); zero meets x as it came. x (T, cols) float, W as
-    above. Returns y (T, rows) in x.dtype, summed in float32. A token with an inf or NaN has no
-    finite y; others do not see it. A float32 matmul is exact: in groups of up to 1024 the sums
-    of products of codes are below 2^24.
-    """
-    width = group_width(q.shape[1], scale.shape[1])
-    y = x.new_zeros(x.shape[0], q.shape[0], dtype=torch.float32)
-    for start in chunks(q, q.shape[1], width):
-        at = slice(start, start + width)  # W's columns and x's
-        g = start // width
-        part = x[:, at].float()
-        code, s = _round_rows(part)  # (T, width), (T, 1)
-        y += (code @ q[:, at].float().T).mul_(s).mul_(scale[:, g])
-        y.addr_(part.sum(dim=1), zero[:, g])  # the outer product of (T,) and (rows,)
-    return y.to(x.dtype)
+    """x @ W^T, (T, rows) in x.dtype, of x (T, cols) float and W's q (rows, cols), scale and zero
+    (rows, 1)."""
+    code, s, total = round_rows(x)
+    return scaled_product(code, q, s, total, scale, zero, dtype=x.dtype)
 
 
-@with_kernel(products.matmul_transposed_int8, unit="int8")
 def matmul_transposed_int8(dy, q, scale, zero):
-    """dy @ W with INT8 products: dy (T, rows) float -> (T, cols) in dy.dtype; else as matmul_int8.
+    """dy @ W, (T, cols) in dy.dtype, of dy (T, rows) float."""
+    code, s, total = round_rows(dy, scale, zero)
+    return scaled_product(code, transposed(q), s, total, dtype=dy.dtype)
 
-    W's scales lie along this sum, so dy * scale[:, g] is what is rounded: DY_GROUP rows of W
-    at a time, once a group g.
+
+@with_kernel(products.round_rows)
+def round_rows(x, scale=None, zero=None):
+    """(codes, s, total) of x (T, n) float: int8 (T, n), or wider by zeros, float32 (T,) and (T,).
+
+    With scale and zero (n, 1) they are those of x * scale, and total is x . zero.
     """
-    width = group_width(q.shape[1], scale.shape[1])
-    dx = dy.new_zeros(dy.shape[0], q.shape[1], dtype=torch.float32)
-    for row in chunks(q, q.shape[0], DY_GROUP):
-        rows = slice(row, row + DY_GROUP)  # W's rows, dy's columns
-        part = dy[:, rows].float()
-        for start in chunks(q, q.shape[1], width):
-            at = slice(start, start + width)  # W's columns and dx's
-            g = start // width
-            code, s = _round_rows(part * scale[rows, g])  # (T, DY_GROUP), (T, 1)
-            shift = (part @ zero[rows, g])[:, None]  # (T, 1), for every column of the group
-            dx[:, at] += (code @ q[rows, at].float()).mul_(s).add_(shift)
-    return dx.to(dy.dtype)
+    code = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    s, total = torch.empty(2, len(x), device=x.device)
+    step = max(1, BLOCK // x.shape[1])  # tokens
+    for start in chunks(x, len(x), step):
+        at = slice(start, start + step)
+        part = x[at].float()
+        total[at] = part.sum(dim=1) if zero is None else part @ zero[:, 0]
+        if scale is not None:
+            part = part * scale[:, 0]
+        largest = part.abs().amax(dim=1).clamp_(min=1e-30)  # what is all below 3e-33 becomes 0
+        s[at] = largest / 127
+        code[at] = (part * s[at, None].reciprocal()).round_()
+    return code, s, total
 
 
-def _round_rows(x):
-    """x (T, n) float32 as whole numbers of -127..127, and their unit (T, 1)."""
-    # what is all below 3e-33 becomes 0
-    s = x.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 127
-    return (x * s.reciprocal()).round_(), s
+@with_kernel(products.scaled_product, unit="int8")
+def scaled_product(code, q, s, total, scale=None, zero=None, dtype=torch.float32):
+    """s * scale * (code @ q^T) + total * zero, (T, rows) in dtype; scale and zero None: 1.
+
+    code int8 (T, n), q int8 (rows, n); s, total float32 (T,); scale, zero float32 (rows, 1).
+    """
+    y = torch.empty(len(code), len(q), dtype=dtype, device=code.device)
+    code = code[:, : q.shape[1]]
+    step = max(1, CHUNK // len(q))  # tokens
+    for start in chunks(code, len(code), step):
+        at = slice(start, start + step)
+        part = _product(code[at], q).mul_(s[at, None])
+        if scale is None:
+            part.add_(total[at, None])
+        else:
+            part.mul_(scale[:, 0]).addr_(total[at], zero[:, 0])
+        y[at] = part
+    return y
+
+
+@with_kernel(products.transposed)
+def transposed(q):
+    """q^T (cols, rows), or wider, without gaps where the product wants that: not on a CPU."""
+    fake = isinstance(q, FakeTensor)  # counted as on a GPU
+    return q.T.contiguous() if q.is_cuda or fake else q.T
+
+
+def _product(code, q):
+    """code @ q^T, float32, of int8 matrices.
+
+    Floats are exact, too, while sums are below 2^24: up to 1032 products of codes.
+    """
+    if isinstance(code, FakeTensor) or _multiplies_int8(code, q):
+        return torch._int_mm(code, q.T).float()
+    return code.float() @ q.float().T
+
+
+def _multiplies_int8(code, q):
+    """Whether torch._int_mm takes these, and is fast.
+
+    On a CPU it needs AVX512-VNNI: elsewhere it is slow, or its sums of 16 bits may overflow.
+    """
+    if code.is_cuda:  # cuBLAS
+        return len(code) > 16 and code.shape[1] % 8 == 0 and len(q) % 8 == 0
+    has_vnni = getattr(torch.cpu, "_is_vnni_supported", None)
+    return has_vnni is not None and has_vnni() and torch.backends.mkldnn.is_available()

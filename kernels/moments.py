@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from kernels import adam
-from kernels.launch import with_kernel
+from kernels.launch import chunks, with_kernel
 from kernels.subspace import frobenius
-from quant import (BLOCK, CHUNK, GROUP_SIZE, _blocks, _requantize_int8_, bitsandbytes, chunks,
+from quant import (CHUNK, GROUP_SIZE, _blocks, _requantize_int8_, bitsandbytes,
                    dequantize_int8)
 
 MIN_8BIT = 4096  # smaller tensors keep float32 moments, as in bitsandbytes
@@ -127,7 +127,7 @@ def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key, factor=N
     correction: 1 - beta^step. key: a rounding_key. factor: () float32, where 0 takes away NaN, too,
     or None: 1.
     """
-    for at, start in _blocks(m, BLOCK):
+    for at, start in _blocks(m):
         part = g[at].float()  # g itself, where it is float32
         if factor is not None:
             scale_(part, factor)

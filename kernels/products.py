@@ -1,143 +1,178 @@
 """
-Products of INT8 weights with factors that are rounded to INT8 on the way, in Triton. matmul.py has
-the same functions in plain torch and says what is computed.
+The three kernels of a product with INT8 weights, in Triton. matmul.py has the same functions in
+plain torch and says what is computed.
 
-The tensor cores multiply INT8 at twice the rate of bfloat16, but they cannot scale within a sum.
-So a factor is rounded a piece at a time, with one scale for each token: a piece is a group of
-columns in x @ W^T, and DY_GROUP rows of W in dy @ W. Sums of products are int32 within a piece and
-float32 between pieces.
+    round_rows       one program a token: its codes, unit and total, in one pass over x
+    transposed       q^T, because INT8 tensor cores want both factors to lie along the sum
+    scaled_product   the product, whose sums leave the tensor cores as float32 and are written once
+
+By data sheet INT8 runs at twice the rate of bfloat16, on consumer cards at four times, as these
+halve bfloat16 with float32 sums. A program makes 128 x 256 of y: with 128 x 128 each byte would
+meet 64 others on its way from L2, which a 4090 cannot feed (330 T products / 64 = 5.2 TB/s).
+
+Sums are whole numbers: tiles of any size give the same bits. Offsets are 32 bits wide: x, q and y
+have fewer than 2^31 elements.
 """
 
 import torch
+import torch.nn.functional as F
 
-from kernels.launch import MAX_GROUP, group_width, tl, triton
+from kernels.launch import tl, triton
 
-DY_GROUP = 128  # rows of W: more would round coarser, fewer rescale more often
-BLOCK_TOKENS = 64  # tokens of a program
+ALIGNED = 16  # bytes: rows of codes begin at multiples, as loads of that width need
+WIDTH = 4096  # columns that a program of round_rows holds at once
+# a program's tokens, rows of q, half of the columns at once, warps. MANY takes 96 KiB of shared
+# memory, of which consumer cards have 99, and 214 of 255 registers
+MANY = (128, 256, 64, 8)
+FEW = (32, 32, 128, 4)
+SHARED_ROWS = 8  # blocks of tokens whose programs run beside each other and share q's tiles in L2
 
 
-def matmul_int8(x, q, scale, zero):
-    """x @ W^T, (T, rows) in x.dtype, for groups of 32 to MAX_GROUP columns.
-
-    Rounding takes some ten instructions an element of x, again in every program. The 128 rows of W
-    of a program share them, and by count keep the tensor cores about as long. With more rows the
-    two accumulators spill.
-    """
-    group = triton.next_power_of_2(group_width(q.shape[1], scale.shape[1]))
-    if group < 32 or group > MAX_GROUP:  # INT8 tensor cores sum at least 32 products at once
-        return NotImplemented
-    return _launch(
-        _matmul_kernel, x, q, scale, zero, q.shape[0], group,
-        block_n=128, block_k=min(64, group), stages=3,
+def round_rows(x, scale=None, zero=None):
+    """Rows of codes are padded with zeros to a multiple of ALIGNED."""
+    x = x.contiguous()
+    tokens, cols = x.shape
+    padded = triton.cdiv(cols, ALIGNED) * ALIGNED
+    code = torch.empty(tokens, padded, dtype=torch.int8, device=x.device)
+    s, total = torch.empty(2, tokens, device=x.device)
+    scaled = scale is not None
+    factors = (scale.contiguous(), zero.contiguous()) if scaled else (s, s)  # s: not read
+    block = min(triton.next_power_of_2(padded), WIDTH)
+    _round_kernel[(tokens,)](
+        x, *factors, code, s, total, cols, padded, scaled, block,
+        num_warps=max(1, block // 512), enable_fp_fusion=False,  # 16 elements a thread
     )
+    return code, s, total
 
 
-def matmul_transposed_int8(dy, q, scale, zero):
-    """dy @ W, (T, cols) in dy.dtype, for the same groups."""
-    group = triton.next_power_of_2(group_width(q.shape[1], scale.shape[1]))
-    if group < 32 or group > MAX_GROUP:  # as above
-        return NotImplemented
-    return _launch(
-        _matmul_transposed_kernel, dy, q, scale, zero, q.shape[1], group,
-        block_n=min(128, group), block_k=DY_GROUP, stages=2,
+def transposed(q):
+    """Rows are padded, with anything, as those of codes are: there zeros meet it."""
+    rows, cols = q.shape
+    padded = triton.cdiv(rows, ALIGNED) * ALIGNED
+    out = torch.empty(cols, padded, dtype=torch.int8, device=q.device)
+    if cols % 4 or not q.is_contiguous():  # no whole words
+        out[:, :rows] = q.T
+        return out
+    grid = (triton.cdiv(rows, 128), triton.cdiv(cols, 128))
+    _transpose_kernel[grid](
+        q.view(torch.int32), out.view(torch.int32), rows, cols // 4, padded // 4, num_warps=4
     )
+    return out
 
 
-def _launch(kernel, x, q, scale, zero, n_out, group, block_n, block_k, stages):
-    """x (T, n_in) times W: (T, n_out). A program makes BLOCK_TOKENS x block_n of it, summing
-    block_k products at a time."""
-    x = x.contiguous()  # the kernels take rows without gaps
+def scaled_product(code, q, s, total, scale=None, zero=None, dtype=torch.float32):
+    if code.is_cuda and torch.cuda.get_device_capability(code.device) < (8, 0):
+        return NotImplemented  # Triton has no INT8 products for Turing; cuBLAS has
+    tokens, cols = code.shape
+    rows = len(q)
+    if q.shape[1] < cols:  # as in code, rows of 5461 are of no use
+        q = F.pad(q, (0, cols - q.shape[1]))
     q = q.contiguous()
-    y = torch.empty(x.shape[0], n_out, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(x.shape[0], BLOCK_TOKENS), triton.cdiv(n_out, block_n))
-    kernel[grid](
-        x, q, scale.contiguous(), zero.contiguous(), y, x.shape[0], *q.shape, group,
-        BLOCK_TOKENS, block_n, block_k,
-        num_warps=8, num_stages=stages, enable_fp_fusion=False,
+    y = torch.empty(tokens, rows, dtype=dtype, device=code.device)
+    scaled = scale is not None
+    factors = (scale.contiguous(), zero.contiguous()) if scaled else (s, s)  # s: not read
+    # where text is generated, many small programs share the reading of q
+    block_m, block_n, block_k, warps = FEW if tokens <= FEW[0] else MANY
+    grid = (triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n),)
+    _matmul_kernel[grid](
+        code, q, s, total, *factors, y, tokens, rows, cols, scaled, SHARED_ROWS,
+        block_m, block_n, block_k,
+        num_warps=warps, num_stages=3, enable_fp_fusion=False,
     )
     return y
 
 
 if triton is not None:
 
-    # Loops run to a constexpr, the length of the sums: a model has two or three of them, and each
-    # kernel that many compilations.
+    @triton.jit
+    def _round_kernel(
+        x_ptr, scale_ptr, zero_ptr, code_ptr, s_ptr, total_ptr, COLS: tl.constexpr,
+        PADDED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        token = tl.program_id(0)
+        x_ptr += token * COLS
+        largest = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, COLS, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + col, col < COLS, other=0.0).to(tl.float32)
+            if SCALED:
+                total += x * tl.load(zero_ptr + col, col < COLS, other=0.0)
+                x *= tl.load(scale_ptr + col, col < COLS, other=0.0)
+            else:
+                total += x
+            largest = tl.maximum(largest, tl.abs(x))
+        # what a code of 1 is worth, where the largest value is to be 127
+        s = tl.div_rn(tl.maximum(tl.max(largest, axis=0), 1e-30), 127.0)
+
+        # a row of more than BLOCK is read again, from the cache
+        for start in range(0, PADDED, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + col, col < COLS, other=0.0).to(tl.float32)
+            if SCALED:
+                x *= tl.load(scale_ptr + col, col < COLS, other=0.0)
+            # to nearest even: at 1.5 * 2^23 a float32's last bit is worth 1, its lowest byte is x
+            code = (x * tl.div_rn(1.0, s) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+            tl.store(code_ptr + token * PADDED + col, code, col < PADDED)
+        tl.store(s_ptr + token, s)
+        tl.store(total_ptr + token, tl.sum(total, axis=0))
+
+    @triton.jit
+    def _transpose_kernel(q_ptr, out_ptr, rows, words, out_words):
+        """q as words (rows, words) of four columns, out as words (cols, out_words) of four rows."""
+        m = (tl.program_id(0) * 32 + tl.arange(0, 32))[:, None]  # four rows of q
+        n = (tl.program_id(1) * 32 + tl.arange(0, 32))[None, :]  # four columns
+        q_ptr += 4 * m * words + n
+        a = tl.load(q_ptr, (4 * m < rows) & (n < words), other=0)
+        b = tl.load(q_ptr + words, (4 * m + 1 < rows) & (n < words), other=0)
+        c = tl.load(q_ptr + 2 * words, (4 * m + 2 < rows) & (n < words), other=0)
+        d = tl.load(q_ptr + 3 * words, (4 * m + 3 < rows) & (n < words), other=0)
+        for j in tl.static_range(4):  # byte j of each is a column
+            low = ((a >> 8 * j) & 255) | ((b >> 8 * j) & 255) << 8
+            high = ((c >> 8 * j) & 255) << 16 | ((d >> 8 * j) & 255) << 24
+            at = (4 * n + j) * out_words + m
+            tl.store(out_ptr + at, low | high, (m < out_words) & (n < words))
+
+    # Loops run to a constexpr, the length of the sums: a model has two or three of them, and the
+    # kernel twice that many compilations.
     @triton.jit
     def _matmul_kernel(
-        x_ptr, q_ptr, scale_ptr, zero_ptr, y_ptr, tokens, rows, COLS: tl.constexpr,
-        GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        code_ptr, q_ptr, s_ptr, total_ptr, scale_ptr, zero_ptr, y_ptr, tokens, rows,
+        COLS: tl.constexpr, SCALED: tl.constexpr, SHARED_ROWS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
-        token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        row = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        token_inside = token < tokens
-        row_inside = row < rows
-        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, COLS, GROUP):
-            # x is read twice, as registers cannot keep a group: first for its unit and its sum
-            largest = tl.zeros((BLOCK_M, 1), tl.float32)
-            total = tl.zeros((BLOCK_M, 1), tl.float32)
-            for at in range(start, start + GROUP, BLOCK_K):
-                col = (at + tl.arange(0, BLOCK_K))[None, :]
-                x_inside = token_inside & (col < COLS)
-                x = tl.load(x_ptr + token * COLS + col, x_inside, other=0.0).to(tl.float32)
-                largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1, keep_dims=True))
-                total += tl.sum(x, axis=1, keep_dims=True)
-            s = _unit(largest)
+        # programs go down SHARED_ROWS blocks of tokens, then on to the next block of q's rows
+        blocks_m = tl.cdiv(tokens, BLOCK_M)
+        band = SHARED_ROWS * tl.cdiv(rows, BLOCK_N)  # programs
+        first = tl.program_id(0) // band * SHARED_ROWS
+        height = min(blocks_m - first, SHARED_ROWS)
+        within = tl.program_id(0) % band
+        token = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
 
-            # then for its codes, whose products are summed in int32
-            dot = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-            for at in range(start, start + GROUP, BLOCK_K):
-                col = at + tl.arange(0, BLOCK_K)
-                x_inside = token_inside & (col < COLS)[None, :]
-                x = tl.load(x_ptr + token * COLS + col[None, :], x_inside, other=0.0)
-                q_inside = row_inside & (col < COLS)[:, None]
-                q = tl.load(q_ptr + row * COLS + col[:, None], q_inside, other=0)
-                dot = tl.dot(_round(x.to(tl.float32), s), q, dot, out_dtype=tl.int32)
+        # what is beyond the last token or row reads others, and is not written
+        k = tl.arange(0, BLOCK_K)
+        code_at = (token % tokens)[:, None] * COLS + k[None, :]
+        q_at = (row % rows)[None, :] * COLS + k[:, None]
+        dot = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        # two products a turn: with one the compiler would carry codes over, in a register each
+        for start in range(0, COLS, 2 * BLOCK_K):
+            for half in tl.static_range(2):
+                at = start + half * BLOCK_K
+                if COLS % (2 * BLOCK_K) == 0:
+                    code = tl.load(code_ptr + code_at + at)
+                    q = tl.load(q_ptr + q_at + at)
+                else:
+                    code = tl.load(code_ptr + code_at + at, (k < COLS - at)[None, :], other=0)
+                    q = tl.load(q_ptr + q_at + at, (k < COLS - at)[:, None], other=0)
+                dot = tl.dot(code, q, dot, out_dtype=tl.int32)
 
-            # to float32, with x's unit and the group's scale; zero meets x as it came
-            group_at = row * tl.cdiv(COLS, GROUP) + start // GROUP  # (1, BLOCK_N)
-            scale = tl.load(scale_ptr + group_at, row_inside)
-            zero = tl.load(zero_ptr + group_at, row_inside)
-            y += dot.to(tl.float32) * s * scale + total * zero
-        tl.store(y_ptr + token * rows + row, y, token_inside & row_inside)
-
-    @triton.jit
-    def _matmul_transposed_kernel(
-        dy_ptr, q_ptr, scale_ptr, zero_ptr, dx_ptr, tokens, ROWS: tl.constexpr, cols,
-        GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):
-        token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        col = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # all of one group
-        token_inside = token < tokens
-        col_inside = col < cols
-        dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        shift = tl.zeros((BLOCK_M, 1), tl.float32)
-        for start in range(0, ROWS, BLOCK_K):
-            row = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,), as group_at, scale and zero
-            row_inside = row < ROWS
-            group_at = row * tl.cdiv(cols, GROUP) + tl.program_id(1) * BLOCK_N // GROUP
-            scale = tl.load(scale_ptr + group_at, row_inside, other=0.0)
-            zero = tl.load(zero_ptr + group_at, row_inside, other=0.0)
-            dy_inside = token_inside & row_inside[None, :]
-            dy = tl.load(dy_ptr + token * ROWS + row[None, :], dy_inside, other=0.0)
-            q_inside = row_inside[:, None] & col_inside
-            q = tl.load(q_ptr + row[:, None] * cols + col, q_inside, other=0)
-
-            # W's scales lie along the sum: they are multiplied into dy before it is rounded
-            dy = dy.to(tl.float32)
-            scaled = dy * scale[None, :]
-            s = _unit(tl.max(tl.abs(scaled), axis=1, keep_dims=True))
-            dx += tl.dot(_round(scaled, s), q, out_dtype=tl.int32).to(tl.float32) * s
-            shift += tl.sum(dy * zero[None, :], axis=1, keep_dims=True)
-        tl.store(dx_ptr + token * cols + col, dx + shift, token_inside & col_inside)
-
-    @triton.jit
-    def _unit(largest):
-        """What a code of 1 is worth, where the largest value is to be 127."""
-        return tl.div_rn(tl.maximum(largest, 1e-30), 127.0)
-
-    @triton.jit
-    def _round(x, s):
-        """x / s in INT8, to nearest even: at 1.5 * 2^23 a float32's last bit is worth 1, and its
-        lowest byte is the code."""
-        return (x * tl.div_rn(1.0, s) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        # to float32, with the token's unit and the row's scale
+        token = token[:, None]
+        row = row[None, :]
+        y = dot.to(tl.float32) * tl.load(s_ptr + token, token < tokens, other=0.0)
+        total = tl.load(total_ptr + token, token < tokens, other=0.0)
+        if SCALED:
+            y *= tl.load(scale_ptr + row, row < rows, other=0.0)
+            total = total * tl.load(zero_ptr + row, row < rows, other=0.0)
+        tl.store(y_ptr + token * rows + row, y + total, (token < tokens) & (row < rows))

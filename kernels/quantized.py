@@ -1,6 +1,6 @@
 """
-INT8 and INT4 in Triton: dequantise, quantise, and the weight step. quant.py has the same functions
-in plain torch, and says what their arguments are.
+INT8 and INT4 in Triton: dequantise, quantise, the weight step. quant.py has the same functions in
+plain torch, and says what their arguments are.
 
 In plain torch every line is a pass over memory: one update of a weight makes 32, which move
 186 bytes an element (counted), nearly half for its random numbers. Here a code is read once and
@@ -200,38 +200,22 @@ if triton is not None:
         return w
 
     @triton.jit
-    def _requantize(
-        q_ptr, scale_ptr, zero_ptr, w, at, group_at, row_inside, col_inside, key,
-        STOCHASTIC: tl.constexpr,
-    ):
-        """quant._requantize_int8_ of a tile. w and at are (BLOCK_M, GROUP), group_at and row_inside
-        (BLOCK_M, 1), col_inside (1, GROUP)."""
-        # the grid of each row of the tile, which is one group: all (BLOCK_M, 1)
-        low = tl.min(tl.where(col_inside, w, float("inf")), axis=1, keep_dims=True)
-        high = tl.max(tl.where(col_inside, w, float("-inf")), axis=1, keep_dims=True)
-        # min drops NaN: make low NaN where w has an inf or NaN
-        low += tl.sum(tl.where(col_inside, w * 0, 0), axis=1, keep_dims=True)
-        finite = row_inside & (low == low)
-        scale = tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0)
-        zero = low + 128 * scale
-        code = tl.div_rn(w - zero, tl.where(scale > 0, scale, 1))
-        code = _whole(code, at, key, STOCHASTIC)
-        tl.store(q_ptr + at, code, finite & col_inside)
-        tl.store(scale_ptr + group_at, scale, finite)
-        tl.store(zero_ptr + group_at, zero, finite)
-
-    @triton.jit
     def _whole(code, number, key, STOCHASTIC: tl.constexpr):
         """Codes rounded to int8: by random number `number` of stream `key`, or to nearest even."""
-        if STOCHASTIC:  # quant.uniform, in unsigned numbers
-            x = (number >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
-            x = (x ^ (x >> 16)) * 0x7FEB352D
-            x = (x ^ (x >> 15)) * 0x846CA68B
-            x = x ^ (x >> 16)
-            shift = ((number & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
-            advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
-            x = ((x >> shift) + advance & 0xFFFF) ^ 0x8000
+        if STOCHASTIC:  # quant.uniform
+            x = _random(number, key) ^ 0x8000
             code = tl.floor(code + (x.to(tl.float32) + 0.5) * 2.0**-16)
         else:  # at 1.5 * 2^23 a float32's last bit is worth 1
             code = (code + 12582912.0) - 12582912.0
         return tl.minimum(tl.maximum(code, -128), 127).to(tl.int8)
+
+    @triton.jit
+    def _random(number, key):
+        """quant.random_int16 of stream `key`, as uint32 below 2^16."""
+        x = (number >> 1).to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        x = x ^ (x >> 16)
+        shift = ((number & 1) * 16).to(tl.uint32)  # the half of the hash that is the element's
+        advance = (key.to(tl.uint64) >> 32).to(tl.uint32)  # rounding_key's, with the step
+        return (x >> shift) + advance & 0xFFFF

@@ -52,8 +52,8 @@ def similarity(overlap, dim):
 
 
 def frobenius(x):
-    """The root of the sum of x's squares, () float32."""
-    return torch.linalg.vector_norm(x, dtype=torch.float32)
+    """The root of the sum of x's squares, () float32, or float64 of float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class Arriving:

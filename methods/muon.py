@@ -51,10 +51,9 @@ class Momentum:
             g.copy_(self.m.lerp_(g.float(), 1 - betas[0]))
         else:
             # Adam's kernel with a second moment of 1: the momentum alone
-            row = torch.ones(len(g), device=g.device)
-            col = torch.ones(g.shape[1], device=g.device)
+            ones = torch.ones(max(g.shape), device=g.device)
             codes = (self.m, self.m_scale, self.m_zero)
-            adam_int8_(*codes, g, row, col, betas[0], 1.0, 0.0, key)
+            adam_int8_(*codes, g, ones[: len(g)], ones[: g.shape[1]], betas[0], 1.0, 0.0, key)
 
     def add_(self, left, right, shrink, key):
         """m <- shrink m + left^T right, left (T, rows), right (T, cols)."""

@@ -75,6 +75,9 @@ class Method:
         if s.weight_bits not in self.weight_bits:
             known = " or ".join(map(str, self.weight_bits))
             raise SystemExit(f"error: weight_bits={s.weight_bits}: {self.name} has {known}")
+        by_row = s.weight_bits == 8 and s.weight_group_size == 0  # a recipe's int8 is for such
+        if s.matmul == "int8" and not by_row and "matmul" not in s.given:
+            s.matmul = "float"
         if s.embed_bits == 8 and self.trains_embedding(s):
             raise SystemExit(
                 "error: embed_bits=8: an INT8 embedding is not trained; set freeze_embedding=True"

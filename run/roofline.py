@@ -42,20 +42,15 @@ class Step:
 
     micro_batch: {Kernel: launches} of one whose gradients are summed up; empty if a step has one.
     last: of the one that moves the weights. Of both the phase "refresh" is of all weights at once.
-    dtype: of the computation, under autocast if it is not weight_dtype."""
+    """
 
-    def __init__(self, s, weight_dtype, dtype):
+    def __init__(self, s, micro_batch, last):
         self.accumulation = s.gradient_accumulation_steps
         self.gap = s.proj_gap
         self.steps = s.max_iters
         self.tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size  # of a step
-        if s.low_rank or s.n_layer <= FEW:  # blocks that are not alike, or few
-            counted = count(s, s.n_layer, weight_dtype, dtype)
-        else:
-            few = count(s, FEW, weight_dtype, dtype)
-            more = count(s, MORE, weight_dtype, dtype, refresh=False)
-            counted = [_extrapolate(a, b, s.n_layer) for a, b in zip(few, more)]
-        self.micro_batch, self.last = counted
+        self.micro_batch = micro_batch
+        self.last = last
 
     def seconds(self, card):
         """{phase: predicted seconds of a step}, with its share of the refreshes."""
@@ -81,7 +76,11 @@ def step_on(card, s):
     if s.dtype == "float32" and "dtype" in s.given:
         dtype = torch.float32
     weight_dtype = torch.float32 if s.weight_bits == 32 else dtype
-    return Step(s, weight_dtype, dtype)
+    if s.low_rank or s.n_layer <= FEW:  # blocks that are not alike, or few
+        return Step(s, *count(s, s.n_layer, weight_dtype, dtype))
+    few = count(s, FEW, weight_dtype, dtype)
+    more = count(s, MORE, weight_dtype, dtype, refresh=False)
+    return Step(s, *[of_blocks(a, b, s.n_layer) for a, b in zip(few, more)])
 
 
 def launches(kernels, *phases):
@@ -96,7 +95,7 @@ def print_time(s, need):
     need: bytes of the run's memory plan."""
     here = card_here()
     cards = [here] if here else [card_named(name) for name in SHOWN]
-    cards = [card for card in cards if card is here or need + GIB <= card.memory * GIB]
+    cards = [card for card in cards if need + GIB <= card.memory * GIB]
     if not cards:
         return
     step = step_on(cards[0], s)
@@ -132,7 +131,7 @@ def kernel_seconds(kernel, card):
     return max(multiply, kernel.bytes / (card.bandwidth * BANDWIDTH), FLOOR)
 
 
-def _extrapolate(few, more, n):
+def of_blocks(few, more, n):
     """What n blocks launch, if FEW and MORE launch so much. Only FEW have refreshes."""
     total = Multiset(few)
     for kernel in more | few:
@@ -165,17 +164,18 @@ def count(s, blocks, weight_dtype, dtype, refresh=True):
     return counted
 
 
-def step(s, model, optimizer, autocast, counter, last):
-    """A micro-batch of a step, its phases marked."""
+def step(s, model, optimizer, autocast, counter, last=True):
+    """A micro-batch of a step, its phases marked. optimizer None: backward steps all weights."""
     idx = torch.empty(s.batch_size, s.block_size, dtype=torch.int64)  # (B, T)
-    optimizer.accumulating = not last
     counter.phase = "forward"
     with autocast:
         loss = model(idx, idx)
     counter.phase = "backward"
+    if optimizer is not None:
+        optimizer.accumulating = not last
     loss.backward()
-    if last:
-        counter.phase = "update"
+    counter.phase = "update"
+    if last and optimizer is not None:
         optimizer.step()
         optimizer.zero_grad()
 

@@ -38,7 +38,7 @@ CASES = {
     "qgalore clip": f"--method=qgalore {Q} --grad_clip=0.5",
     "qgalore clip, 3 micro-batches": f"--method=qgalore {Q} --grad_clip=0.5 --gradient_accumulation_steps=3",
     "qgalore checkpointed": f"--method=qgalore {Q} --checkpoint_activations=True --checkpoint_bits=8",
-    "qgalore int8 products": f"--method=qgalore {Q} --matmul=int8",
+    "qgalore int8 products": f"--method=qgalore {Q} --matmul=int8 --weight_group_size=0",
     "qgalore 2 ranks": f"--method=qgalore {Q} --gradient_accumulation_steps=2",
     "qgalore 2 ranks, clip": f"--method=qgalore {Q} --gradient_accumulation_steps=4 --grad_clip=0.5",
     "qgalore bfloat16": f"--method=qgalore {Q} --dtype=bfloat16",

@@ -322,7 +322,7 @@ NOT_DEFAULT = {
 }
 # and all other settings, in a few runs that together take every choice
 OTHER_RUNS = [
-    "--method=qgalore --weight_bits=8 --proj_bits=4 --proj_side=auto --moments=8bit --matmul=int8"
+    "--method=qgalore --weight_bits=8 --proj_bits=4 --proj_side=auto --moments=8bit"
     " --accumulation=int8 --device=auto --checkpoint_activations=True --checkpoint_bits=8"
     " --freeze_embedding=True --embed_bits=8 --weight_group_size=32 --max_minutes=9 --rank=8"
     " --tie_embedding=True --sample_tokens=3 --keep_checkpoints=3 --seed=5 --log_interval=2",
@@ -350,7 +350,7 @@ def test_every_setting_and_every_choice_runs(shards, tmp_path):
             continue
         values = {key: NOT_DEFAULT[key] for key in method.reads}
         if values.get("matmul") == "int8" and 8 in method.weight_bits:
-            values["weight_bits"] = 8
+            values |= {"weight_bits": 8, "weight_group_size": 0}
         values["grad_clip"] = 0.5
         runs.append([f"--{key}={value}" for key, value in values.items()])
         runs[-1] += [f"--method={name}", f"--out_dir={tmp_path}/{name}"]

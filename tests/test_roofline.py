@@ -12,6 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench import roofline as bench_roofline
+from bench.settings import train_settings
+from configurator import configure
 from kernels.count import Counter
 from kernels.launch import alike, fused, on_gpu, with_kernel
 from model import QLinear
@@ -177,14 +180,17 @@ def test_a_parameters_hook_launches_few_kernels(most, module):
 
 
 def test_a_step_multiplies_what_the_model_has(steps):
-    """Forward 2 N, backward with checkpoints 4 N, and projections, N without the embedding."""
+    """Forward 2 N, backward with checkpoints 4 N but for down_proj's output, which is not needed
+    again; N without the embedding."""
     per_token = 0
     for kernel, n in steps["7b"].last.items():
         if kernel.phase in ("forward", "backward"):
             per_token += n * sum(number for _, number in kernel.operations) / 4096
-    n = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    down = 32 * 4096 * 11008
+    n = 32 * 4 * 4096**2 + 3 * down
     head = 4096 * 50304
-    assert per_token == pytest.approx(6 * n + 6 * head, rel=0.06)  # attention's own beside
+    expected = 6 * n - 2 * down + 6 * head
+    assert per_token == pytest.approx(expected, rel=0.02)  # attention's own beside
 
 
 def test_seconds_are_the_slowest_of_three(monkeypatch):
@@ -215,3 +221,23 @@ def test_cards_are_found_by_the_drivers_names():
     assert card_named("NVIDIA H100 80GB HBM3").name == "H100"
     assert card_named("Quadro T400") is None
     assert {card_named(card.name) for card in CARDS} == set(CARDS)
+
+
+def test_bench_roofline_prints_a_step_and_its_speed(capsys):
+    tiny = "--n_layer=1 --n_embd=64 --n_head=2 --ffn_dim=96 --vocab_size=512".split()
+    s = configure(train_settings(), argv=tiny)
+    bench_roofline.main(s.changed(methods="qgalore,adamw", card="4060 Ti", sizes=False))
+    out = capsys.readouterr().out
+    assert "qgalore on RTX 4060 Ti, predicted" in out and "adamw on" in out
+    assert out.count("projection") == 2
+    with pytest.raises(SystemExit, match="card=4060:"):
+        bench_roofline.main(s.changed(methods="", card="4060", sizes=False))
+
+
+def test_a_dry_run_ends_with_time(capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "card_here", lambda: None)
+    s = settings("--n_layer=1", "--n_embd=64", "--n_head=2", "--ffn_dim=96", "--vocab_size=512")
+    roofline.print_time(s, need=13 * 2**30)  # bytes
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("predicted for 10,000 steps on a GPU, RTX 4060 Ti: about ")
+    assert "3060" not in line and line.endswith(("days", "hours", "minutes"))
