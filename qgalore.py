@@ -212,8 +212,6 @@ class Trained:
         if self.adams and not waits:
             self.move(gradient, record)
             return
-        if not self.adams:
-            gradient = gradient.float()
         take_(gradient, record, self.norm(gradient))
         if waits:
             self.waiting = self.keep(gradient)
@@ -270,7 +268,7 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
-        # what a sister does with a gradient needs it masked, clipped, and in float32
+        # what a sister does with a gradient needs it masked and clipped
         self.adams = type(self).direction is ProjectedWeight.direction
         self.task = None  # the backward in which it last moved
         layer.hook = self.look
@@ -356,11 +354,10 @@ class ProjectedWeight(Trained):
     def move(self, gradient, record=None):
         """Step the weight by a gradient, as gathered, which is overwritten.
 
-        Without a record it is float32, finite, and clipped."""
+        Without a record it is finite and clipped."""
         o = self.optimizer
         if record is None:
             p, n = self.direction(gradient)
-            n.mul_(self.rate)
         else:
             p = self.projection.matrix(self.dtype)
             n = self.adam_(gradient, self.rate, record)
@@ -390,11 +387,11 @@ class ProjectedWeight(Trained):
         return (left,), right
 
     def direction(self, gradient):
-        """(P, N) of which W moves by rate * P N, or (None, N) for N (dim, other).
+        """(P, N) of which W moves by P N, `rate` included, or (None, N) for N (dim, other).
 
-        gradient: as gathered, float32, may be overwritten. P: in self.dtype, in which P N is
-        multiplied."""
-        return self.projection.matrix(self.dtype), self.adam_(gradient)
+        gradient: as gathered, any float dtype, may be overwritten. P: in self.dtype, in which P N
+        is multiplied."""
+        return self.projection.matrix(self.dtype), self.adam_(gradient, self.rate)
 
     def apply(self, p, n, shrink, key):
         """W <- shrink * W + P N, rounded by `key`; without P it is N."""

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import rows
-from kernels.launch import with_kernel
-from quant import chunks
+from kernels.launch import chunks, with_kernel
 
 # Bytes of logits at once. A 7B's forward peaks here, its backward 29 MiB higher: more would show.
 LOGITS = 200 * 2**20
@@ -100,7 +99,7 @@ class _HeadLoss(torch.autograd.Function):
         is_tensor = isinstance(weight, torch.Tensor)
         rows_of = weight.to(dtype) if is_tensor else weight
         cols = len(weight) if is_tensor else weight.out_features  # V
-        losses = torch.empty(len(h), device=h.device)
+        losses = []
         dh = torch.empty_like(h) if need_grad else None
         # a frozen head has no gradient
         dw = torch.empty_like(weight) if need_grad and ctx.needs_input_grad[1] else None
@@ -113,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
                 at = slice(start, start + length)
                 x = h[at].to(dtype)  # (length, C)
                 logits = _product(x, rows_of)  # (length, V)
-                losses[at] = cross_entropy_(logits, targets[at], softcap, need_grad)
+                losses.append(cross_entropy_(logits, targets[at], softcap, need_grad))
                 if need_grad:
                     _set_product_(dh[at], logits, rows_of)
                 if dw is not None:
@@ -124,7 +123,8 @@ class _HeadLoss(torch.autograd.Function):
         ctx.has_dw = dw is not None
         if need_grad:
             ctx.save_for_backward(n, *((dh, dw) if ctx.has_dw else (dh,)))
-        return losses.sum() / n
+        total = torch.cat(losses).sum() if losses else torch.zeros((), device=h.device)
+        return total / n
 
     @staticmethod
     def backward(ctx, grad):

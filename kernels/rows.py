@@ -106,9 +106,8 @@ if triton is not None:
             before = largest
             largest = tl.maximum(largest, tl.max(x, axis=0))
             total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), axis=0)
-        log_total = largest + tl.log(total)
         valid = (target >= 0).to(tl.float32)
-        tl.store(loss_ptr + row, (log_total - at_target) * valid)
+        tl.store(loss_ptr + row, (largest + tl.log(total) - at_target) * valid)
 
         # softmax - one-hot, in the logits' place
         if GRADIENT:
@@ -121,7 +120,7 @@ if triton is not None:
                     t = _tanh(x / softcap)
                     x = softcap * t
                     slope = (1 - t * t) * valid
-                g = (tl.exp(x - log_total) - (col == target).to(tl.float32)) * slope
+                g = (tl.exp(x - largest) / total - (col == target).to(tl.float32)) * slope
                 tl.store(x_ptr + col, g, col < cols)
 
     @triton.jit
