@@ -215,8 +215,6 @@ class Trained:
         if self.adams and not waits:
             self.move(gradient, record)
             return
-        if not self.adams:
-            gradient = gradient.float()
         take_(gradient, record, self.norm(gradient))
         if waits:
             self.waiting = self.keep(gradient)
@@ -273,7 +271,7 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
-        # what a sister does with a gradient needs it masked, clipped, and in float32
+        # what a sister does with a gradient needs it masked and clipped first
         self.adams = type(self).direction is ProjectedWeight.direction
         self.task = None  # the backward in which it last moved
         layer.hook = self.look
@@ -359,7 +357,7 @@ class ProjectedWeight(Trained):
     def move(self, gradient, record=None):
         """Step the weight by a gradient, as gathered, which is overwritten.
 
-        Without a record it is float32, finite, and clipped."""
+        Without a record it is finite, and clipped."""
         o = self.optimizer
         if record is None:
             p, n = self.direction(gradient)
@@ -395,8 +393,8 @@ class ProjectedWeight(Trained):
     def direction(self, gradient):
         """(P, N) of which W moves by rate * P N, or (None, N) for N (dim, other).
 
-        gradient: as gathered, float32, may be overwritten. P: in self.dtype, in which P N is
-        multiplied."""
+        gradient: as gathered, in self.dtype, or float32 where it has waited; may be overwritten.
+        P: in self.dtype, in which P N is multiplied."""
         return self.projection.matrix(self.dtype), self.adam_(gradient)
 
     def apply(self, p, n, shrink, key):

@@ -44,9 +44,6 @@ class Fira(ProjectedWeight):
         a, _ = self.projection.sides(x, dy)  # (T, dim)
         return (*lefts, a[:, self.rows()]), right  # R's factor, then G's
 
-    def receive_gradient(self, gradient):
-        self.receive(gradient, self.norm(gradient))
-
     def among_all(self, g):
         """The rows that this step looks at, and zeros for all others: (dim, other)."""
         if self.blocks == 1:
