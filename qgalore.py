@@ -358,6 +358,7 @@ class ProjectedWeight(Trained):
         o = self.optimizer
         if record is None:
             p, n = self.direction(gradient)
+            n.mul_(self.rate)
         else:
             p = self.projection.matrix(self.dtype)
             n = self.adam_(gradient, self.rate, record)
@@ -387,11 +388,11 @@ class ProjectedWeight(Trained):
         return (left,), right
 
     def direction(self, gradient):
-        """(P, N) of which W moves by P N, `rate` included, or (None, N) for N (dim, other).
+        """(P, N) of which W moves by rate * P N, or (None, N) for N (dim, other).
 
         gradient: as gathered, any float dtype, may be overwritten. P: in self.dtype, in which P N
         is multiplied."""
-        return self.projection.matrix(self.dtype), self.adam_(gradient, self.rate)
+        return self.projection.matrix(self.dtype), self.adam_(gradient)
 
     def apply(self, p, n, shrink, key):
         """W <- shrink * W + P N, rounded by `key`; without P it is N."""

@@ -53,8 +53,7 @@ class Apollo(ProjectedWeight):
         r = self.matrix().T @ g  # (rank, other)
         before = r.norm(dim=self.dims)  # (other,), or ()
         after = self.adam_(r).norm(dim=self.dims)
-        step = limit_growth_(self.state, g.mul_(after / (before + 1e-8)))
-        return None, step.mul_(self.rate)
+        return None, limit_growth_(self.state, g.mul_(after / (before + 1e-8)))
 
 
 @register(

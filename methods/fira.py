@@ -64,7 +64,7 @@ class Fira(ProjectedWeight):
         n = self.adam_(r)  # (rank, other), in r's memory
         phi = self.blocks * norms(n) / (before + 1e-8)  # (other,)
         rest = limit_growth_(self.state, rest.mul_(phi))
-        return None, self.among_all(rest).addmm_(p, n, beta=self.rate, alpha=self.rate)
+        return None, self.among_all(rest).addmm_(p, n)
 
 
 def norms(x):

@@ -149,7 +149,7 @@ class Muon(Fira):
             step = p @ self.adam_(r)
             step[self.rows()].add_(g, alpha=GRADIENT * self.blocks)
         size = LIKE_ADAM * max(step.shape) ** 0.5
-        return None, orthogonal(step, self.projection.right, self.rate * size)
+        return None, orthogonal(step, self.projection.right, size)
 
 
 def orthogonal(x, right, factor):
