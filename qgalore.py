@@ -38,17 +38,16 @@ from run.ranges import OF_OPTIMIZER, check_values
 from run.ranks import Ranks
 
 MAX_GAP_GROWTH = 32  # a gap doubles five times at most: no subspace is left stale for good
-SKETCH = 4  # a refresh's sketch has SKETCH * rank columns
 
 
 class Projection:
     """The basis of one layer's low-rank gradient, and the schedule by which it is refreshed.
 
-    A new basis comes from a sketch of the gradient, Y = G^T Omega (left: G Omega), Omega random
-    with SKETCH * rank columns. Y is linear in G: micro-batches and ranks add up in it. The range
-    finder (kernels/subspace.py) takes the directions of most energy from Y. The step that makes the
-    sketch is taken in the old basis. The first one moves no weight; its sketch has only `rank`
-    columns, as all layers make theirs at once.
+    A new basis comes from the whole gradient of a step, which only here is formed. The range finder
+    (kernels/subspace.py) takes the directions of most energy from it. That step itself is taken in
+    the old basis. The first one moves no weight. All layers take their first bases at once: from
+    sketches of `rank` columns, Y = G^T Omega (left: G Omega), Omega random. Y and G are linear:
+    micro-batches and ranks add up in them.
 
     bits: 4, 8 (group-wise codes), or 16: unquantised, in float32. phase: the first gap is
     phase * gap, so that layers which start together refresh at different steps. The other
@@ -100,31 +99,29 @@ class Projection:
         return step >= self.next_refresh and self._settle() <= step
 
     def sketch(self, x, dy, key):
-        """(left, right) with left^T right = Y (dim, columns), or with svd the gradient itself.
+        """(left, right) with left^T right = the gradient (dim, other), or before there is a basis
+        and without svd a sketch of it (dim, rank).
 
         key: of the random numbers in Omega."""
         a, b = self.sides(x, dy)
-        if self.svd:
+        if self.svd or self.basis is not None:
             return a, b
-        columns = self.rank
-        if self.basis is not None:  # more than `other` tell nothing new
-            columns = min(SKETCH * self.rank, max(self.rank, self.other))
-        return a, b @ random_matrix(key, self.other, columns, b.dtype, b.device)  # Omega
+        return a, b @ random_matrix(key, self.other, self.rank, b.dtype, b.device)  # Omega
 
     def refresh(self, sketch, step):
-        """Take a new basis from a sketch (dim, columns), float32, which is overwritten.
+        """Take a new basis from what sketch()'s factors give, any float dtype; it is overwritten.
 
         A gradient that is zero or not finite decides nothing: the old basis stays for another gap.
         Where there is none, the next step tries again; only there the host waits for the device."""
-        size = sketch.norm()
-        ok = size.isfinite() & (size > 0)  # () bool, on the device
-        if self.basis is None and not ok:
-            return
-        sketch.masked_fill_(~ok, 0)
+        size = torch.linalg.vector_norm(sketch, torch.inf).float()
         if self.svd:
+            sketch = sketch.float().nan_to_num_(0, 0, 0)  # it would raise an error
             new = singular_vectors(sketch, self.rank, self.right)  # (dim, rank)
         else:
-            new = range_finder(sketch, self.rank)
+            new = range_finder(sketch, self.rank, step)
+        ok = (size > 0) & (size + new.sum()).isfinite()  # () bool, on the device
+        if self.basis is None and not ok:
+            return
         codes = encode(new, self.bits)
         if self.basis is None:
             self.basis = codes
@@ -215,8 +212,6 @@ class Trained:
         if self.adams and not waits:
             self.move(gradient, record)
             return
-        if not self.adams:
-            gradient = gradient.float()
         take_(gradient, record, self.norm(gradient))
         if waits:
             self.waiting = self.keep(gradient)
@@ -273,7 +268,7 @@ class ProjectedWeight(Trained):
         self.sums = {}  # of the micro-batches so far: "gradient", "sketch"
         self.sketch = None  # of a refresh that waits with its gradient
         self.dtype = torch.float32  # of the activations
-        # what a sister does with a gradient needs it masked, clipped, and in float32
+        # what a sister does with a gradient needs it masked and clipped
         self.adams = type(self).direction is ProjectedWeight.direction
         self.task = None  # the backward in which it last moved
         layer.hook = self.look
@@ -334,9 +329,9 @@ class ProjectedWeight(Trained):
 
     def receive_sketch(self, product):
         if self.waiting is None:
-            self.refresh(product.float())
+            self.refresh(product)
         else:  # the gradient that waits was taken in the old basis
-            self.sketch = product.float()
+            self.sketch = product
 
     def end(self):
         """At step(): no part was marked as the last, so this is all of the gradient."""
@@ -359,7 +354,7 @@ class ProjectedWeight(Trained):
     def move(self, gradient, record=None):
         """Step the weight by a gradient, as gathered, which is overwritten.
 
-        Without a record it is float32, finite, and clipped."""
+        Without a record it is finite and clipped."""
         o = self.optimizer
         if record is None:
             p, n = self.direction(gradient)
@@ -395,8 +390,8 @@ class ProjectedWeight(Trained):
     def direction(self, gradient):
         """(P, N) of which W moves by rate * P N, or (None, N) for N (dim, other).
 
-        gradient: as gathered, float32, may be overwritten. P: in self.dtype, in which P N is
-        multiplied."""
+        gradient: as gathered, any float dtype, may be overwritten. P: in self.dtype, in which P N
+        is multiplied."""
         return self.projection.matrix(self.dtype), self.adam_(gradient)
 
     def apply(self, p, n, shrink, key):
@@ -494,7 +489,7 @@ class QGaLore(torch.optim.Optimizer):
     rank: of the projections, clamped to a weight's smaller side.
     gap: steps between refreshes. It doubles where the mean similarity of the last k reaches
         threshold; over 1: never. gap_growth: gap number i is longer by gap_growth^i.
-    proj_bits: of the bases: 4, 8 or 16 (not quantised). svd: exact, in place of the sketch.
+    proj_bits: of the bases: 4, 8 or 16 (not quantised). svd: exact, in place of iterations.
     side: of W, that is projected: "right" (its inputs), "left", "auto": the smaller.
     moments, accumulation: formats, see Moments and Sum; ordinary gradients add up in .grad.
     grad_clip: if positive, the norm that all gradients together are scaled down to (low-rank ones,

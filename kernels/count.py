@@ -84,10 +84,10 @@ class Counter(TorchDispatchMode):
         finally:
             self._repeat = before
 
-    def kernel(self, plain, launches, unit, *args, **kwargs):
+    def kernel(self, plain, launches, unit, share, *args, **kwargs):
         """plain(*args, **kwargs), counted as `launches` launches of one kernel.
 
-        unit: of its products; None: by their dtypes."""
+        unit: of its products; None: by their dtypes. share: of plain's operations."""
         if self._inside is not None:  # a part of another kernel
             return plain(*args, **kwargs)
         tensors = _tensors((args, kwargs))
@@ -106,7 +106,8 @@ class Counter(TorchDispatchMode):
             if t.untyped_storage()._cdata not in mine:
                 written.append(t)
         moved = sum(map(_bytes, tensors)) + sum(map(_bytes, written))
-        each = tuple((unit, n // (repeat * launches)) for unit, n in operations.items())
+        times = repeat * launches
+        each = tuple((unit, int(share * n) // times) for unit, n in operations.items())
         self._add(plain.__name__, moved // launches, each, launches)
         return result
 

@@ -35,21 +35,22 @@ _compiles = None  # where @fused functions are compiled: None nowhere, "cuda", o
 _counter = None  # a Counter, while launches are counted
 
 
-def with_kernel(launch, launches=1, unit=None):
+def with_kernel(launch, launches=1, unit=None, share=1):
     """Decorate a function of plain torch: if its first tensor is on a GPU, launch(...) replaces it.
 
     launch returns NotImplemented for tensors that its kernel does not take. If a launch fails, this
     call and all later ones of every function stay in plain torch. `.plain` is the function itself.
 
     For the counter: how many kernels a call launches, and the unit of the GPU that multiplies in
-    them ("int8"), where that is not the one of the plain function's dtypes.
+    them ("int8"), where that is not the one of the plain function's dtypes; the share of the plain
+    function's operations that the kernel makes.
     """
 
     def decorate(plain):
         @functools.wraps(plain)
         def function(tensor, *args, **kwargs):
             if _counter is not None:
-                return _counter.kernel(plain, launches, unit, tensor, *args, **kwargs)
+                return _counter.kernel(plain, launches, unit, share, tensor, *args, **kwargs)
             if tensor.is_cuda and _works:
                 result = _try(launch, tensor, *args, **kwargs)
                 if result is not NotImplemented:
@@ -74,7 +75,7 @@ def fused(plain):
     def function(tensor, *args, **kwargs):
         nonlocal compiled
         if _counter is not None and _counter.compiles:
-            return _counter.kernel(plain, 1, None, tensor, *args, **kwargs)
+            return _counter.kernel(plain, 1, None, 1, tensor, *args, **kwargs)
         if _counter is not None or not (_compiles == "cpu" or _compiles and tensor.is_cuda):
             return plain(tensor, *args, **kwargs)
         if compiled is None:

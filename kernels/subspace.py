@@ -7,7 +7,8 @@ import torch
 
 from quant import CHUNK, chunks, uniform
 
-POWER_ITERATIONS = 3  # of the range finder on the sketch
+POWER_ITERATIONS = 3  # of the range finder
+RIDGE = 2.0**-8  # of a column's length: what it keeps of its basis' column in an iteration
 
 
 def singular_vectors(gradient, rank, right):
@@ -30,16 +31,54 @@ def random_matrix(key, rows, columns, dtype, device):
     return omega
 
 
-def range_finder(sketch, rank):
-    """The basis (dim, rank) of most energy of a sketch (dim, columns) float32, columns >= rank.
+def range_finder(gradient, rank, key=0):
+    """The basis (dim, rank) of most energy of a gradient (dim, other), float32 or float64.
 
-    Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4. Where the sketch has fewer
-    directions than rank, Householder QR completes the basis."""
-    p = torch.linalg.qr(sketch[:, :rank])[0]  # (dim, rank)
-    if sketch.shape[1] > rank:
+    Subspace iteration from the random numbers of `key`: P <- orthonormal(G G^T P) (Halko,
+    Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4). A sketch of `rank` columns is taken as it
+    is: they are made orthonormal. gradient: scaled in place, so that no square overflows. Products
+    with it are in its own dtype: bfloat16 ones have float32 sums, and what they round does no harm,
+    as each iteration mends the last. A gradient of less directions than `rank` is completed to a
+    basis by random ones; of one that is not finite or zero nothing is to be used."""
+    if gradient.dtype == torch.float16:  # it could not hold the products
+        gradient = gradient.float()
+    exponent = torch.linalg.vector_norm(gradient, torch.inf).log2().ceil()  # of the largest element
+    gradient.mul_(exponent.neg().clamp_(-126, 126).exp2())  # a power of two rounds nothing
+    p = random_matrix(key, len(gradient), rank, gradient.dtype, gradient.device)
+    if gradient.shape[1] == rank:
+        p = orthonormal(gradient, p)
+    else:
         for _ in range(POWER_ITERATIONS):
-            p = torch.linalg.qr(sketch @ (sketch.T @ p))[0]  # orthonormal again each time
-    return p
+            p = p.to(gradient.dtype)
+            p = orthonormal(gradient @ (gradient.T @ p), p)
+    return orthonormal(p)
+
+
+def orthonormal(w, filling=None):
+    """Q (dim, rank) of w = Q R, by Cholesky of R^T R: float32, or float64 if w is.
+
+    Shifted CholeskyQR (Fukaya et al., arXiv 1809.11085). Products of matrices make nearly all of it,
+    where Householder's reflections come one after the other. The shift keeps the Cholesky from
+    failing on columns that depend on each other, and leaves Q's smallest directions shorter than 1:
+    for an orthonormal basis call it twice. Nothing waits for the device.
+    filling: (dim, rank), a small part of which is added to each column, so that w has full rank."""
+    w = unit_columns(w)
+    eps = torch.finfo(w.dtype).eps
+    shift = 10 * eps  # of a second pass, whose Gram matrix is near one
+    if filling is not None:
+        w.add_(unit_columns(filling), alpha=RIDGE)
+        shift = w.shape[1] * eps
+    gram = w.T @ w  # (rank, rank)
+    gram.diagonal().add_(shift)
+    lower = torch.linalg.cholesky_ex(gram)[0]  # _ex: no error that the host would wait for
+    return torch.linalg.solve_triangular(lower.T, w, upper=True, left=False)
+
+
+def unit_columns(w):
+    """A copy of w with columns of length 1, float32 or float64; one of zeros stays."""
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    length = torch.linalg.vector_norm(w, dim=0, dtype=dtype)
+    return w / length.clamp_(min=torch.finfo(dtype).tiny)
 
 
 def similarity(overlap, dim):

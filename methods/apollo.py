@@ -49,6 +49,7 @@ class Apollo(ProjectedWeight):
         return torch.erfinv(2 * u - 1).mul_(math.sqrt(2 / p.rank)).view(p.dim, p.rank)
 
     def direction(self, g):
+        g = g.float()
         r = self.matrix().T @ g  # (rank, other)
         before = r.norm(dim=self.dims)  # (other,), or ()
         after = self.adam_(r).norm(dim=self.dims)

@@ -44,9 +44,6 @@ class Fira(ProjectedWeight):
         a, _ = self.projection.sides(x, dy)  # (T, dim)
         return (*lefts, a[:, self.rows()]), right  # R's factor, then G's
 
-    def receive_gradient(self, gradient):
-        self.receive(gradient, self.norm(gradient))
-
     def among_all(self, g):
         """The rows that this step looks at, and zeros for all others: (dim, other)."""
         if self.blocks == 1:
@@ -77,7 +74,8 @@ def norms(x):
 
 def limit_growth_(state, step):
     """Shrink a step that is more than GROWTH times as long as the last; state keeps its norm."""
-    norm = frobenius(step)  # () on the device
+    finer = torch.promote_types(step.dtype, torch.float32)  # bfloat16 does not tell GROWTH from 1
+    norm = torch.linalg.vector_norm(step, dtype=finer)  # () on the device
     before = state.get("norm")
     if before is not None:  # a step of nothing, from a gradient not finite, bounds none after it
         excess = ((norm / (before + 1e-8)).clamp_(min=GROWTH) / GROWTH).where(before > 0, 1)

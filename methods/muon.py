@@ -51,10 +51,9 @@ class Momentum:
             g.copy_(self.m.lerp_(g.float(), 1 - betas[0]))
         else:
             # Adam's kernel with a second moment of 1: the momentum alone
-            row = torch.ones(len(g), device=g.device)
-            col = torch.ones(g.shape[1], device=g.device)
+            ones = torch.ones(max(g.shape), device=g.device)
             codes = (self.m, self.m_scale, self.m_zero)
-            adam_int8_(*codes, g, row, col, betas[0], 1.0, 0.0, key)
+            adam_int8_(*codes, g, ones[: len(g)], ones[: g.shape[1]], betas[0], 1.0, 0.0, key)
 
     def add_(self, left, right, shrink, key):
         """m <- shrink m + left^T right, left (T, rows), right (T, cols)."""
@@ -149,7 +148,8 @@ class Muon(Fira):
             r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
             step = p @ self.adam_(r)
             step[self.rows()].add_(g, alpha=GRADIENT * self.blocks)
-        return None, orthogonal(step, self.projection.right, LIKE_ADAM * max(step.shape) ** 0.5)
+        size = LIKE_ADAM * max(step.shape) ** 0.5
+        return None, orthogonal(step, self.projection.right, size)
 
 
 def orthogonal(x, right, factor):
@@ -189,14 +189,14 @@ def orthogonal(x, right, factor):
     return step[:, :cols]
 
 
-@with_kernel(symmetric.gram_matrix)
+@with_kernel(symmetric.gram_matrix, share=0.5)  # half of a symmetric product
 def gram_matrix(y, size=None):
     """y y^T of each matrix of y (n, rows, cols): (n, rows, rows), divided by size (n, 1, 1)."""
     gram = y @ y.mT
     return gram if size is None else gram.div_(size)
 
 
-@with_kernel(symmetric.polynomial)
+@with_kernel(symmetric.polynomial, share=0.5)
 def polynomial(x, a, b, c, size=None):
     """a + b X + c X^2 of each symmetric X of x (n, rows, rows), divided by the root of
     size (n, 1, 1)."""

@@ -34,6 +34,7 @@ class NaturalGaLore(ProjectedWeight):
         self.state["seen"] = 0
 
     def direction(self, r):
+        r = r.float()
         history = self.state["history"]
         newest = self.state["seen"] % HISTORY
         history[newest] = r.view(-1)

@@ -9,9 +9,9 @@ the same everywhere: the summed low-rank gradient, and random numbers that are h
 weight and step.
 
 Of a QLinear no rank sends the weight. Q-GaLore does not send its gradient either (but with
-proj_svd): at r = d/4 it sends a quarter of it, and at a refresh the sketch that the next basis is
-made of. Methods whose step needs more of the gradient (Muon, Fira, APOLLO) send that, too. Sums
-travel while backward goes on to the next layer.
+proj_svd): at r = d/4 it sends a quarter of it, and all of it only for a refresh. Methods whose step
+needs more of the gradient (Muon, Fira, APOLLO) send that, too. Sums travel while backward goes on
+to the next layer.
 
 torch.distributed does the sending: NCCL between GPUs; gloo between CPUs, and for the few numbers
 that hosts exchange.

@@ -555,15 +555,69 @@ def test_gap_growth_stays_where_a_gap_doubles():
     assert gaps == [10 + 1, 20 + 2, 40 + 4, 80 + 8]
 
 
-def test_a_sketch_has_no_more_columns_than_the_gradient():
-    for out, side, columns in ((16, "auto", 16), (128, "auto", 32), (4, "right", 8)):
+def test_the_first_sketch_is_narrow_later_ones_are_the_gradient():
+    for out, side in ((16, "auto"), (128, "auto"), (4, "right")):
         projection = Projection(out, 16, rank=8, side=side)
         x, dy = torch.randn(5, 16), torch.randn(5, out)
-        for _ in range(2):
-            left, right = projection.sketch(x, dy, key=1)
-            projection.refresh(left.T @ right, 0)
-        assert projection.sketch(x, dy, key=1)[1].shape[1] == columns
+        left, right = projection.sketch(x, dy, key=1)
+        assert right.shape[1] == 8
+        projection.refresh(left.T @ right, 0)
+        left, right = projection.sketch(x, dy, key=1)
+        torch.testing.assert_close(left.T @ right, x.T @ dy)
+        projection.refresh(left.T @ right, 1)
         assert projection.matrix().shape == (16, 8)
+
+
+def gradients_hard_to_decompose(rows=48, cols=60):
+    """{name: gradient}: of few directions, or of sizes that overflow when squared."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(rows, cols, generator=generator)
+    thin = torch.randn(rows, 3, generator=generator) @ torch.randn(3, cols, generator=generator)
+    falling = full * torch.logspace(0, -12, rows)[:, None]
+    one_row = torch.zeros(rows, cols)
+    one_row[5] = full[5]
+    return {"full": full, "three directions": thin, "falling": falling, "one row": one_row,
+            "huge": 1e37 * thin, "tiny": 1e-37 * thin, "one direction": full[:1].expand(rows, -1),
+            "narrow": full[:, :4], "columns of zeros": full * (torch.arange(cols) < 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_gradient_gives_an_orthonormal_basis(dtype):
+    for name, gradient in gradients_hard_to_decompose().items():
+        gradient = gradient.to(dtype)
+        exact = gradient.double() / gradient.double().abs().max()
+        best = torch.linalg.svdvals(exact)[:16].square().sum()
+        for first in (False, True):  # from a sketch of 16 columns
+            sketch = exact.to(dtype)
+            if first:
+                sketch = sketch @ torch.randn(sketch.shape[1], 16).to(dtype)
+            p = range_finder(sketch, rank=16).double()
+            torch.testing.assert_close(p.T @ p, torch.eye(16).double(), rtol=0, atol=1e-3, msg=name)
+            if not first:
+                assert (p.T @ exact).square().sum() > 0.95 * best, name
+
+
+def test_tiny_and_huge_gradients_have_the_basis_of_others():
+    gradient = torch.randn(48, 60, generator=torch.Generator().manual_seed(0))
+    p = range_finder(gradient.clone(), rank=8)
+    for factor in (2.0**-120, 2.0**120):
+        assert torch.equal(range_finder(gradient * factor, rank=8), p)
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("svd", [False, True])
+def test_a_gradient_that_tells_nothing_leaves_the_basis(bad, svd):
+    projection = Projection(60, 48, rank=8, gap=10, svd=svd)
+    projection.refresh(torch.full((48, 8), bad), 0)
+    assert projection.basis is None and projection.refreshes == 0
+    projection.refresh(torch.randn(48, 8 if not svd else 60), 1)
+    before = [t.clone() for t in projection.basis]
+    gradient = torch.randn(48, 60)
+    gradient[3] = bad
+    projection.refresh(gradient * 0 if bad == 0 else gradient, 11)
+    assert all(torch.equal(old, new) for old, new in zip(before, projection.basis))
+    projection._settle()
+    assert not projection.history and projection.refreshes == 2
 
 
 @pytest.mark.parametrize("moments", ["factored", "float32"])

@@ -17,6 +17,7 @@ from bench.settings import train_settings
 from configurator import configure
 from kernels.count import Counter
 from kernels.launch import alike, fused, on_gpu, with_kernel
+from kernels.subspace import range_finder
 from model import QLinear
 from qgalore import QGaLore
 from quant import add_low_rank_int8_, dequantize_int8
@@ -241,3 +242,21 @@ def test_a_dry_run_ends_with_time(capsys, monkeypatch):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("predicted for 10,000 steps on a GPU, RTX 4060 Ti: about ")
     assert "3060" not in line and line.endswith(("days", "hours", "minutes"))
+
+
+def test_a_refresh_multiplies_on_the_tensor_cores():
+    """In float32 only Gram matrices of r x r and what they are solved with; no reflections."""
+    dim, other, rank = 4096, 11008, 1024
+
+    def refresh():
+        range_finder(torch.empty(dim, other, dtype=torch.bfloat16), rank)
+
+    launches = counted(refresh)
+    operations = {}
+    for kernel, n in launches.items():
+        for unit, each in kernel.operations:
+            operations[unit] = operations.get(unit, 0) + n * each
+    assert sum(launches.values()) <= 100
+    assert operations["bf16"] == 6 * 2 * dim * other * rank
+    assert operations["float32"] <= 4 * (3 * dim * rank**2 + rank**3)
+    assert not any("qr" in kernel.name for kernel in launches)

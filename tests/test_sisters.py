@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import methods.apollo
 from configurator import configure
 from finetune import hf, welore
 from finetune.adapters import LoRA, LowRank
+from kernels.count import Counter
+from kernels.sums import Sum
 from methods.fira import limit_growth_
 from methods.loqt import Factor
 from methods.lora import restart
@@ -26,7 +29,8 @@ from qgalore import QGaLore
 from quant import random_key, rounding_key
 from run import plot
 from run.checkpoint import load_model
-from run.memory import Live, memory_plan
+from run.memory import memory_plan
+from run.trace import Live
 from tests.common import TINY_MODEL, TINY_RUN, one_line_error, read_log, run, settings, tokens
 
 SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
@@ -281,6 +285,46 @@ def test_muon_skips_a_step_that_is_not_finite(blocks, bad):
     assert optimizer.pop_stats()["skipped"] == 1
 
 
+def test_a_muon_weight_takes_25_launches_and_no_float32_product():
+    """A sum of R and of rows of G takes 7: P, a P, its size, and two products that are added."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for blocks, parts, most in ((1, 1, 25), (2, 3, 7)):
+            layer, optimizer = layer_and_optimizer(
+                (64, 32), "qmuon", 8, blocks, proj_bits=4, moments="factored"
+            )
+            weight = optimizer.weights[0]
+            weight.projection.basis = weight.empty_basis()
+            weight.projection.next_refresh = math.inf
+            x = torch.empty(20, 32, dtype=torch.bfloat16)
+            dy = torch.empty(20, 64, dtype=torch.bfloat16)
+            optimizer.accumulating = parts > 1
+            if parts > 1:
+                layer.hook(layer, x, dy)  # makes its sums
+            with Counter() as counter:
+                layer.hook(layer, x, dy)
+            assert sum(counter.launches.values()) <= most, counter.launches
+            units = {unit for kernel in counter.launches for unit, _ in kernel.operations}
+            assert units == {"bf16"}
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_stays_in_a_sum(bad):
+    for kind in ("int8", "bfloat16", "float32"):
+        total = Sum(3, 300, kind, "cpu")
+        left = torch.ones(5, 3)
+        left[2, 1] = bad
+        total.add_((left,), torch.ones(5, 300), 1)
+        total.add_((torch.ones(5, 3),), torch.ones(5, 300), 2)
+        value = total.value(torch.bfloat16)
+        assert not value[1].isfinite().any()
+        assert value[[0, 2]].eq(10).all()
+    momentum = Momentum((2, 300), "factored")
+    in_momentum = SumInMomentum(momentum, 0.9, True, 4, 300, "cpu")
+    in_momentum.add_((left[:, :2], left[:, :2]), torch.ones(5, 300), 1)
+    assert in_momentum.value()[1::2].isnan().all()
+    assert momentum.take_().eq(0).all()
+
+
 # -----------------------------------------------------------------------------
 # Natural GaLore
 
@@ -291,7 +335,7 @@ def test_natural_galore_divides_by_the_fisher_matrix(shape, monkeypatch):
     _, optimizer = layer_and_optimizer(shape, "natural_galore", rank=2)
     weight = optimizer.weights[0]
     weight.projection.basis = (torch.eye(weight.projection.dim, 2),)
-    monkeypatch.setattr(weight, "adam_", lambda r: r)
+    monkeypatch.setattr(weight, "adam_", lambda r, rate: r)
     seen = []
     for _, _, g in gradients(shape, 23):
         r = (g[:2] * 0.003).contiguous()
@@ -575,7 +619,7 @@ def test_the_memory_plan_counts_what_each_method_keeps(method):
         elements = sum(w.projection.rank * w.projection.other for w in optimizer.weights)
         assert plan["moments"] > 40 * elements
     if method.startswith("apollo"):
-        assert plan["projections"] == 0
+        assert plan["projections"] < 100  # a few numbers
 
 
 def test_loqt_of_13b_fits_a_24_gb_card():
