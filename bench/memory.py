@@ -3,7 +3,8 @@ Draw what a recipe takes, part by part, by several methods: plans, not measureme
     python -m bench.memory config/llama_7b.py                  # out-memory.png
     python -m bench.memory config/llama_1b.py --methods=qgalore,adam8bit --image=1b.png
 
-Each bar is the method's own --dry_run plan (run/memory.py) in bfloat16; lines are cards.
+Each bar is what torch reserves on a GPU by the method's own --dry_run plan (run/memory.py) in
+bfloat16; lines are cards. CUDA's context comes on top.
 """
 
 import os
@@ -23,7 +24,7 @@ import torch
 
 from bench.contenders import settled
 from run.device import GIB
-from run.memory import memory_plan
+from run.memory import Gpu, memory_plan
 from run.plot import new_figure, save
 
 CARDS = {"12 GB": 12, "16 GB": 16, "24 GB": 24}  # a card's GB are GiB
@@ -50,7 +51,7 @@ def main(s):
 
 def plan(s):
     weight_dtype = torch.float32 if s.weight_bits == 32 else torch.bfloat16
-    return memory_plan(s, weight_dtype, torch.bfloat16)
+    return memory_plan(s, weight_dtype, torch.bfloat16, gpu=Gpu())
 
 
 def draw(plans, title, path):

@@ -15,6 +15,7 @@ GIB = 2**30
 # of a block's largest product, for each thread: with fewer a second thread gains a third at best,
 # and costs four fifths where another process has its core (threads wait for each other by spinning)
 OPERATIONS_A_THREAD = 10**9
+LATER = 64 * 2**20  # bytes of a GPU: for kernels that are loaded when they are first used
 
 
 def pick_device(name):
@@ -89,11 +90,25 @@ def peak_flops(kind):
     return card.bf16 if card else None
 
 
-def memory_free(kind):
-    """Bytes free on "cuda" or "cpu"; None where the system does not tell."""
+def memory_room(kind):
+    """Bytes that "cuda" has, or that are free on "cpu"; None where the system does not tell."""
     if torch.device(kind).type == "cuda":  # "cuda:0", too
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[1]
     return free_memory()
+
+
+def taken_outside_torch(dtype):
+    """Bytes of this GPU that torch's allocator does not count: CUDA's context, what its libraries
+    load, other programs, the display. What a step uses of the libraries is loaded first.
+
+    dtype: of the run's computation."""
+    q = torch.ones(1, 8, 128, 64, device="cuda", dtype=dtype, requires_grad=True)  # (B, nh, T, hs)
+    y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    (y @ y.transpose(2, 3)).float().square().sum().backward()
+    torch.linalg.qr(torch.ones(64, 32, device="cuda"))
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved() + LATER
 
 
 def memory_peak(kind):

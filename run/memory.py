@@ -3,185 +3,198 @@ What a run takes, counted before anything is allocated.
 
 The plan is not a formula: it is the run's own model and optimizer, stepping on torch's fake
 tensors, which have shapes and no data. Every allocation passes by and is counted, temporaries
-included: the plan cannot fall behind the code. Of a deep model, two of a few blocks are planned:
-blocks are alike, and each more adds the same.
+included (run/trace.py): the plan cannot fall behind the code. Of a deep model a few blocks are
+traced: blocks are alike, and what one does is repeated.
+
+On a GPU the same trace goes through torch's allocator (run/allocator.py). What it reserves beyond
+the tensors is "fragments, workspaces". What CUDA and its libraries take is asked of the card, or
+bounded where there is none.
 
 On a CPU what lies in fragments is estimated from measurements (docs/memory.md): the C library keeps
-freed blocks of up to 32 MiB in its heap. Not counted: on a GPU fragments, the libraries' workspaces
-and the context (0.3 to 0.9 GiB by card); on a CPU the libraries themselves, data and loss.png.
+freed blocks of up to 32 MiB in its heap. Not counted there: the libraries themselves, data and
+loss.png.
 """
 
 import math
-import weakref
+import os
+import sys
+from collections import Counter
 from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels.launch import triton
 from methods.registry import find, shape
 from quant import bitsandbytes
-from run.device import GIB, block_weights, memory_free
+from run.allocator import Allocator
+from run.device import GIB, block_weights, memory_room, taken_outside_torch
 from run.ranks import IN_FLIGHT
 from run.roofline import print_time
+from run.trace import Live, Repeated, kept
 
-FEW, MORE = 2, 4  # blocks of the two models that are planned for a deep one
+FEW, TRACED = 2, 4  # blocks of the two models that are looked at for a deep one
 MATRICES = 7  # of a block, which may each be projected
-HEAP = 32 * 2**20  # bytes: the C library gives freed blocks of this size back to the system
+LARGEST = 3  # of these, whose refresh takes most
 WORKSPACES = 16 * 2**20  # bytes: of the libraries, on a CPU
+CONTEXT = 900 * 2**20  # bytes: of CUDA and its libraries, where no card can be asked; an H100's 860
 ABSURD = 2**50  # bytes of weights that no machine has: nothing more is planned
+SUMS = "sums of micro-batches"
+OUTSIDE = "context, libraries"  # of torch's allocator
+MEASURED_IN_STEPS = ("projections", SUMS)  # parts that a run allocates as it steps
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that live: `now`, and at the `peak`.
+class Gpu(NamedTuple):
+    """What a plan must know of a GPU."""
 
-    in_heap, heap_peak: of those smaller than HEAP alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = {}  # by storage
-        self.now = self.in_heap = 0
-        self.peak = self.heap_peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # half of all calls, and no allocation
-        out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):  # an output may be a view of what is counted
-            if not isinstance(t, torch.Tensor):
-                continue
-            storage = t.untyped_storage()
-            key = storage._cdata
-            if key not in self.bytes:
-                self._count(key, storage.nbytes())
-                weakref.finalize(storage, self._free, key)
-        return out
-
-    def pop_peak(self):
-        """The peak since the last call."""
-        peak = self.peak
-        self.peak = self.now
-        return peak
-
-    def _count(self, key, size):
-        self.bytes[key] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        if size < HEAP:
-            self.in_heap += size
-            self.heap_peak = max(self.heap_peak, self.in_heap)
-
-    def _free(self, key):
-        size = self.bytes.pop(key)
-        self.now -= size
-        if size < HEAP:
-            self.in_heap -= size
+    expandable: bool = True  # segments, see run/allocator.py
+    workspace: int = 32 * 2**20  # bytes: cuBLAS's, for each of the two threads that multiply
+    kernels: bool = True  # of Triton, in the place of plain torch
 
 
-def memory_plan(s, weight_dtype, dtype, fragments=0.0):
+def memory_plan(s, weight_dtype, dtype, fragments=0.0, gpu=None):
     """{part: bytes} of a run, at the peak of its worst step.
 
     s: settled settings. dtype: of the computation, under autocast if it is not weight_dtype.
-    fragments: on a CPU, what the heap loses for each byte of activations in it; 0: a GPU."""
+    fragments: on a CPU, what the heap loses for each byte of activations in it. gpu: what it
+    must know of a GPU, if the run is for one: the sum is what torch reserves there."""
     n = s.n_layer  # blocks
     due = -(-MATRICES * n // s.proj_gap)  # weights that refresh their basis in one step
-    if n <= 2 * MORE or s.low_rank:  # few, or not alike
-        plan, peaks = _plan(s, n, due, weight_dtype, dtype)
+    if n <= TRACED or s.low_rank:  # few, or not alike
+        parts, events = _trace(s, n, due, weight_dtype, dtype, gpu)
     else:
-        plan, peaks = _plan_deep(s, n, due, weight_dtype, dtype)
-    *peaks, heap = peaks
-    activations = max(peaks) - sum(plan.values())
-    plan["gradients, activations"] = activations
-    if fragments:
-        plan["fragments, workspaces"] = int(fragments * min(activations, heap)) + WORKSPACES
-    return plan
+        parts, events = _trace_deep(s, n, due, weight_dtype, dtype, gpu)
+    return _summed_up(parts, events, fragments, gpu)
 
 
-def _plan_deep(s, n, due, weight_dtype, dtype):
-    """_plan() of n blocks that are alike, from the plans of FEW and MORE.
+def _trace_deep(s, n, due, weight_dtype, dtype, gpu):
+    """_trace() of n blocks that are alike, from those of FEW and TRACED.
 
-    It is exact but for gaps of two steps, where it is too high: more weights are due than have the
-    largest sketch, and all are taken for such."""
-    all_due = s.proj_gap == 1
-    due_few = due_more = min(due, FEW)
-    if all_due:
-        due_few, due_more = MATRICES * FEW, MATRICES * MORE
-    few, peaks_few = _plan(s, FEW, due_few, weight_dtype, dtype)
-    more, peaks = _plan(s, MORE, due_more, weight_dtype, dtype)
-    plan = {part: _extrapolate(few[part], more[part], n) for part in few}
-    peaks_n = [_extrapolate(a, b, n) for a, b in zip(peaks_few, peaks)]
-    if due > FEW and not all_due:  # what each weight more that is due adds
-        busy, peaks_busy = _plan(s, MORE, MORE, weight_dtype, dtype)
-        for part in plan:
-            plan[part] += _extrapolate(0, busy[part] - more[part], due)
-        peaks_n = [a + _extrapolate(0, c - b, due) for a, b, c in zip(peaks_n, peaks, peaks_busy)]
-    return plan, peaks_n
-
-
-def _extrapolate(few, more, n):
-    """What n blocks, or due weights, take, if FEW and MORE take so much."""
-    return few + (more - few) * (n - FEW) // (MORE - FEW)
+    It is too high for gaps so short that more weights are due than two blocks can show: then as
+    many are taken to be due in every block."""
+    if due > LARGEST * (TRACED - FEW):
+        due = TRACED * -(-due // n)
+    few, events_few = _trace(s, FEW, 0, weight_dtype, dtype, gpu, only_build=True)
+    parts, events = _trace(s, TRACED, due, weight_dtype, dtype, gpu)
+    grown = {part: parts[part] - few[part] for part in parts}
+    parts = {p: few[p] + grown[p] * (n - FEW) // (TRACED - FEW) for p in parts}
+    # what other blocks keep that was allocated outside of blocks
+    more = {}
+    so_far = Counter()
+    stages = kept(events)
+    for stage, before in kept(events_few).items():
+        by_block = {size: k // (TRACED - FEW) for size, k in (stages[stage] - before).items()}
+        all_of_them = Counter({size: k * (n - TRACED) for size, k in by_block.items()})
+        more[stage] = all_of_them - so_far
+        so_far = all_of_them
+    return parts, Repeated(events, n - TRACED + 1, more).events
 
 
-def _plan(s, blocks, due, weight_dtype, dtype):
-    """Of the first `blocks` blocks: ({part: bytes} that stays, [each phase's peak, heap_peak]).
+def _trace(s, blocks, due, weight_dtype, dtype, gpu, only_build=False):
+    """Of the first `blocks` blocks: ({part: bytes} that are there from the start, Live.events).
 
-    due: weights that refresh their basis in one step."""
-    live = Live()
-    plan = {}
-    peaks = []
+    due: weights that refresh their basis in one step. only_build: of weights that step in backward
+    no step is traced."""
+    live = Live(on_gpu=gpu is not None and gpu.kernels, compiles=s.compile)
+    parts = {}
     autocast = torch.autocast("cpu", dtype) if dtype != weight_dtype else nullcontext()
     micro_batches = min(2, s.gradient_accumulation_steps)
     if s.moments == "8bit" or s.weight_bits == 4:
         bitsandbytes()  # its tables need numbers, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True), live:
+        if gpu is not None:  # cuBLAS's, one for each thread that multiplies: backward has its own
+            workspaces = [torch.empty(gpu.workspace, dtype=torch.uint8) for _ in range(2)]  # noqa
         model, optimizer = find(s.method).build(s.changed(n_layer=blocks), "cpu", weight_dtype)
-        plan["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        parts["weights"] = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        built = live.now - (2 * gpu.workspace if gpu else 0)
+        live.reach("built")
+        live.watch(model.blocks)
 
         def micro_batch(last):
             idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)  # (B, T)
             optimizer.accumulating = not last
             with autocast:
                 loss = model(idx, idx)
-            peaks.append(live.pop_peak())
             loss.backward()
-            peaks.append(live.pop_peak())
+            live.block = None
 
         if hasattr(optimizer, "weights"):
-            _plan_in_backward(s, due, optimizer, micro_batches, micro_batch, live, plan)
+            parts["moments"] = built - parts["weights"]
+            if not only_build:
+                _steps_in_backward(s, due, optimizer, micro_batches, micro_batch, live)
         else:
             for _ in range(2):  # torch makes the moments at the first step
                 for _ in range(micro_batches):
                     micro_batch(True)
                 optimizer.step()
                 optimizer.zero_grad()
+                live.reach("stepped")
             state = [t for of in optimizer.state.values() for t in of.values()]
-            plan["moments"] = sum(t.nbytes for t in state)
-    return plan, [*peaks, live.peak, live.heap_peak]
+            parts["moments"] = sum(t.nbytes for t in state)
+    return parts, live.events
 
 
-def _plan_in_backward(s, due, optimizer, micro_batches, micro_batch, live, plan):
-    """The parts of a method whose weights step in backward: its first step, then a later one."""
-    plan["moments"] = live.now - plan["weights"]
-    if micro_batches > 1 and not s.proj_svd:  # the first step: every layer sums up a sketch
-        micro_batch(False)
-        optimizer.zero_grad()
-    before = live.now - sum(plan.values())
-    # from here on all layers have a basis, and some refresh it
+def _steps_in_backward(s, due, optimizer, micro_batches, micro_batch, live):
+    """The first step of weights that step in backward, then a later one in which some refresh."""
     for weight in optimizer.weights:
-        weight.projection.basis = weight.empty_basis()
+        p = weight.projection
+        p.refresh = partial(_first_refresh, weight, p.refresh)
+    if micro_batches > 1:
+        micro_batch(False)
+    micro_batch(True)
+    optimizer.step()
+    live.reach("projections")
+    for weight in optimizer.weights:
+        del weight.projection.refresh
     projections = [weight.projection for weight in reversed(optimizer.weights)]
     projections.sort(key=lambda projection: -projection.other)
     for i, projection in enumerate(projections):
         if projection.next_refresh < math.inf:
-            projection.next_refresh = 0 if i < due else 2
-    plan["projections"] = live.now - before - sum(plan.values())
+            projection.next_refresh = 0 if i < due else math.inf
     if micro_batches > 1:
         micro_batch(False)
-        plan["sums of micro-batches"] = live.now - sum(plan.values())
+        live.reach(SUMS)
     micro_batch(True)
     optimizer.step()
+
+
+def _first_refresh(weight, refresh, sketch, step):
+    """Projection.refresh() of a weight without a basis, where no number says whether it is finite:
+    as if there had been one."""
+    p = weight.projection
+    if p.basis is None:
+        p.basis = weight.empty_basis()
+    refresh(sketch, step)
+    p.arriving = None
+
+
+def _summed_up(parts, events, fragments, gpu):
+    """The whole plan: parts, those that the steps have added, and the rest of the peak."""
+    live = Live()
+    allocator = Allocator(gpu.expandable if gpu else True)
+    before = 0  # bytes at the last stage
+    for _, key, size in events:
+        if key is None:  # size: a stage's name
+            if size in MEASURED_IN_STEPS:
+                parts[size] = live.now - before
+            before = live.now
+        elif size is not None:
+            live.count(size, key)
+            allocator.allocate(key, size)
+        else:
+            live.free(key)
+            allocator.free(key)
+    workspaces = 2 * gpu.workspace if gpu else 0
+    activations = live.peak - sum(parts.values()) - workspaces
+    plan = parts | {"gradients, activations": activations}
+    if gpu:
+        plan["fragments, workspaces"] = allocator.reserved - live.peak + workspaces
+    elif fragments:
+        of_heap = min(activations, live.heap_peak)
+        plan["fragments, workspaces"] = int(fragments * of_heap) + WORKSPACES
+    return plan
 
 
 def least(s, weight_dtype, dtype):
@@ -204,52 +217,75 @@ def fits(s, ranks, weight_dtype, dtype):
     With s.dry_run the plan is printed instead. ranks: run/ranks.py's."""
     try:
         plan = least(s, weight_dtype, dtype)
-        free = free_here(s)
+        room = room_here(s)
         # planning sizes beyond any machine would take for ever, or overflow
-        most = ABSURD if s.dry_run or free is None else free
+        most = ABSURD if s.dry_run or room is None else room
         if sum(plan.values()) <= most:
             plan = plan_of_rank(s, ranks, weight_dtype, dtype)
-            free = free_here(s)  # less what planning has loaded
+            room = room_here(s)  # on a CPU, less what planning has loaded
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     if s.dry_run:
-        print_plan(plan, free, s.device)
+        print_plan(plan, room, s.device)
         if sum(plan.values()) <= ABSURD and ranks.size == 1:
-            print_time(s, sum(plan.values()))
+            print_time(s, sum(plan.values()) - plan.get(OUTSIDE, 0))
         if sum(plan.values()) > ABSURD:
             print("note: this is the least that such sizes take; more was not counted")
     else:
-        refuse_what_does_not_fit(plan, free, s.device)
+        refuse_what_does_not_fit(plan, room, s.device)
 
 
-def free_here(s):
-    """Bytes free on the run's device; None if there is no such device here, or it does not tell."""
+def room_here(s):
+    """Bytes on the run's device: all of a GPU, of which a plan has what others take; on a CPU what
+    is free. None if there is no such device here, or it does not tell."""
     here = s.device == "cpu" or torch.cuda.is_available()
-    return memory_free(s.device) if here else None
+    return memory_room(s.device) if here else None
+
+
+def gpu_here():
+    """The Gpu that this machine has, or without one as torch would treat it here."""
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    settings += os.environ.get("PYTORCH_ALLOC_CONF", "")
+    expandable = "expandable_segments:True" in settings and sys.platform != "win32"
+    if not torch.cuda.is_available():
+        return Gpu(expandable)
+    hopper_or_later = torch.cuda.get_device_capability()[0] >= 9
+    workspace = 32 * 2**20 if hopper_or_later else 8320 * 2**10  # as torch chooses
+    return Gpu(expandable, workspace, kernels=triton is not None)
 
 
 def plan_of_rank(s, ranks, weight_dtype, dtype):
-    """memory_plan() of one of the ranks, with what it sends."""
+    """memory_plan() of one of the ranks, with what it sends, and what CUDA takes beside torch."""
     held = s.gradient_accumulation_steps  # micro-batches whose gradients a rank sums up
     if not s.grad_clip:
         held //= ranks.size
-    fragments = find(s.method).fragments if s.device == "cpu" else 0.0
     of_rank = s.changed(gradient_accumulation_steps=held)
-    plan = memory_plan(of_rank, weight_dtype, dtype, fragments)
+    if s.device == "cpu":
+        plan = memory_plan(of_rank, weight_dtype, dtype, find(s.method).fragments)
+    else:
+        plan = memory_plan(of_rank, weight_dtype, dtype, gpu=gpu_here())
     if ranks.size > 1:
         plan["sums in flight"] = 2 * IN_FLIGHT  # as they are sent, and in float32
+    if s.device != "cpu":
+        here = torch.cuda.is_available()
+        plan[OUTSIDE] = taken_outside_torch(dtype) if here else CONTEXT
     return plan
 
 
-def print_plan(plan, free, device):
+def print_plan(plan, room, device):
     need = sum(plan.values())  # bytes
-    for part, count in (plan | {"total": need}).items():
+    rows = dict(plan)
+    if OUTSIDE in rows:
+        outside = rows.pop(OUTSIDE)
+        rows |= {"= reserved by torch": need - outside, OUTSIDE: outside}
+    for part, count in (rows | {"total": need}).items():
         print(f"{part:24s} {count / GIB:8.3f} GiB {count:16,d} bytes")
-    if free is None:
+    if room is None:
         print(f"{device}: there is no such device here, or it does not tell what it has")
     else:
-        verdict = "enough" if need <= free else "NOT enough"
-        print(f"{device} has {free / GIB:.2f} GiB free: {verdict}")
+        verdict = "enough" if need <= room else "NOT enough"
+        free = "" if OUTSIDE in plan else " free"
+        print(f"{device} has {room / GIB:.2f} GiB{free}: {verdict}")
 
 
 LOWER = {  # what a user can do about the largest part
@@ -257,24 +293,27 @@ LOWER = {  # what a user can do about the largest part
     "fragments, workspaces": "batch_size or block_size, or set checkpoint_activations=True",
     "moments": "rank",
     "projections": "rank",
-    "sums of micro-batches": "gradient_accumulation_steps to 1, or with muon and fira raise "
-    "residual_blocks",
+    SUMS: "gradient_accumulation_steps to 1, or with muon and fira raise residual_blocks",
+    OUTSIDE: "n_layer or n_embd, or end what else runs on the card",
 }
 
 
-def refuse_what_does_not_fit(plan, free, device):
-    """Leave with one line, if free is known: the bytes needed, and the settings to lower."""
+def refuse_what_does_not_fit(plan, room, device):
+    """Leave with one line, if room is known: the bytes needed, and the settings to lower."""
     need = sum(plan.values())  # bytes
-    if free is None:
-        free = ABSURD
-    if need <= free:
+    if room is None:
+        room = ABSURD
+    if need <= room:
         return
     largest = max(plan, key=plan.get)
-    if need - plan.get("sums of micro-batches", 0) <= free:
-        largest = "sums of micro-batches"
+    if need - plan.get(SUMS, 0) <= room:
+        largest = SUMS
     lower = LOWER.get(largest, "n_layer or n_embd")
+    has = f"{room / GIB:.2f} free"
+    if OUTSIDE in plan:
+        has = f"{room / GIB:.2f}, {plan[OUTSIDE] / GIB:.2f} of them taken by CUDA and others"
     raise SystemExit(
-        f"error: this run needs {need / GIB:.2f} GiB or more, and {device} has "
-        f"{free / GIB:.2f} free; of which {largest} {plan[largest] / GIB:.2f}: "
+        f"error: this run needs {need / GIB:.2f} GiB or more, and {device} has {has}; "
+        f"of which {largest} {plan[largest] / GIB:.2f}: "
         f"lower {lower} (--dry_run=True lists all)"
     )

@@ -7,19 +7,22 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.subspace import singular_vectors
 from methods.registry import find
 from model import LLaMA
 from qgalore import QGaLore
+from quant import dequantize_int8, quantize_int8
 from run import memory
 from run.device import GIB
-from run.memory import Live, memory_plan, refuse_what_does_not_fit
+from run.allocator import MIB, Allocator
+from run.memory import SUMS, Gpu, memory_plan, print_plan, refuse_what_does_not_fit
 from run.ranks import Ranks
+from run.trace import Live
 from tests.common import HERE, Job, one_line_error, run, settings, tiny, tokens
 
 PROJECTED = "--rank=32"
-SUMS = "sums of micro-batches"
 
 
 def step(model, optimizer, micro_batches, x, y):
@@ -69,20 +72,82 @@ def test_the_memory_plan_is_what_a_real_step_takes(flags):
     assert sum(plan.values()) == pytest.approx(live.peak, rel=0.02)
 
 
-@pytest.mark.parametrize("flags", [
-    "--gradient_accumulation_steps=2 --checkpoint_activations=True",
-    "--gradient_accumulation_steps=2 --proj_svd=True",
-    "--gradient_accumulation_steps=2 --proj_gap=1",
-    "--gradient_accumulation_steps=2 --proj_gap=3",  # more are due than two blocks have
-    "--method=loqt --weight_bits=8",
+@pytest.mark.parametrize("flags,gpu", [
+    ("--checkpoint_activations=True --gradient_accumulation_steps=2 --rank=16", Gpu()),
+    ("--proj_svd=True --gradient_accumulation_steps=2 --rank=16", None),
+    ("--proj_gap=1 --rank=16", Gpu(expandable=False, kernels=False)),
+    ("--method=loqt --weight_bits=8 --rank=16", None),
+    ("--method=adamw", Gpu()),
 ])
-def test_a_deep_models_plan_comes_from_two_shallow_ones(flags, monkeypatch):
-    """To the byte: that is what each block adds."""
-    s = settings(*"--n_layer=7 --n_embd=64 --n_head=4 --ffn_dim=176 --vocab_size=512".split(),
-                 "--batch_size=2", "--rank=16", *flags.split())
-    whole = memory_plan(s, torch.float32, torch.float32)
-    monkeypatch.setattr(memory, "MORE", 3)  # until now seven blocks were few
-    assert whole == memory_plan(s, torch.float32, torch.float32)
+def test_a_deep_models_plan_repeats_a_shallow_ones(flags, gpu, monkeypatch):
+    """To the byte, but that the optimizer has as many norms as there are weights."""
+    s = settings(*"--n_layer=6 --n_embd=64 --n_head=4 --ffn_dim=176 --vocab_size=512".split(),
+                 "--batch_size=2", *flags.split())
+    plan = memory_plan(s, torch.float32, torch.float32, gpu=gpu)
+    monkeypatch.setattr(memory, "TRACED", 6)
+    whole = memory_plan(s, torch.float32, torch.float32, gpu=gpu)
+    assert plan == pytest.approx(whole, abs=1000)
+
+
+def test_on_a_gpu_a_kernel_is_counted_by_its_results():
+    """And attention's backward by its sums in float32, which a CPU does not make."""
+    q, scale, zero = quantize_int8(torch.randn(64, 512))
+    with Live(on_gpu=True) as live:
+        for calls in (1, 2):  # the second is known from the first
+            w = dequantize_int8(q, scale, zero, torch.bfloat16)
+            assert w.shape == q.shape and w.dtype == torch.bfloat16
+            assert live.peak == calls * 2 * q.numel()
+            kept = w  # noqa: F841
+        before = live.now
+        x = torch.randn(1, 2, 16, 8, requires_grad=True)
+        y = F.scaled_dot_product_attention(x, x, x)
+        live.peak = live.now
+        y.sum().backward()
+    assert live.peak - before >= 4 * x.numel() + 3 * x.nbytes
+
+
+# -----------------------------------------------------------------------------
+# torch's allocator on a GPU
+
+
+def test_an_expandable_pool_grows_by_pages_at_its_end():
+    allocator = Allocator()
+    allocator.allocate("a", 15 * MIB)
+    assert allocator.reserved == 20 * MIB
+    allocator.allocate("b", 10 * MIB + 1)  # 5 MiB are free at the end
+    assert allocator.reserved == 40 * MIB
+    assert allocator.allocated == 25 * MIB + 512  # of the next multiple of 512 bytes
+    allocator.free("a")
+    allocator.allocate("c", 14 * MIB)  # a's place, though there is room at the end
+    allocator.allocate("d", 14 * MIB)
+    assert allocator.reserved == 40 * MIB
+    allocator.free("b")
+    allocator.free("c")  # with what b and the rest of a left, one block
+    allocator.allocate("e", 25 * MIB)
+    assert allocator.reserved == 40 * MIB
+    assert allocator.peak == 39 * MIB
+
+
+def test_small_tensors_have_a_pool_of_their_own():
+    allocator = Allocator()
+    for i in range(3):
+        allocator.allocate(i, MIB)
+    allocator.allocate(3, 1)
+    assert (allocator.small.reserved, allocator.large.reserved) == (4 * MIB, 0)
+    assert allocator.allocated == 3 * MIB + 512
+
+
+def test_plain_segments_are_not_joined():
+    """As on Windows: two freed segments of 20 MiB do not hold 30."""
+    allocator = Allocator(expandable=False)
+    for key in "ab":
+        allocator.allocate(key, 20 * MIB)
+    for key in "ab":
+        allocator.free(key)
+    allocator.allocate("c", 30 * MIB)
+    assert allocator.reserved == 70 * MIB
+    allocator.allocate("d", 19.5 * MIB)  # the rest, half a MiB, is no block
+    assert allocator.allocated == 50 * MIB
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -26,7 +26,8 @@ from qgalore import QGaLore
 from quant import random_key, rounding_key
 from run import plot
 from run.checkpoint import load_model
-from run.memory import Live, memory_plan
+from run.memory import memory_plan
+from run.trace import Live
 from tests.common import TINY_MODEL, TINY_RUN, one_line_error, read_log, run, settings, tokens
 
 SHAPES = [(48, 32), (32, 48), (32, 32)]  # out, in
@@ -575,7 +576,7 @@ def test_the_memory_plan_counts_what_each_method_keeps(method):
         elements = sum(w.projection.rank * w.projection.other for w in optimizer.weights)
         assert plan["moments"] > 40 * elements
     if method.startswith("apollo"):
-        assert plan["projections"] == 0
+        assert plan["projections"] < 100  # a few numbers
 
 
 def test_loqt_of_13b_fits_a_24_gb_card():
