@@ -80,7 +80,7 @@ def test_a_group_size_of_0_is_a_whole_row():
     q, scale, zero = quantize_int8(w, 0)
     assert scale.shape == zero.shape == (4, 1)
     assert (q.amin(dim=1) == -128).all() and (q.amax(dim=1) == 127).all()  # one grid, used up
-    assert QLinear(300, 4).scale.shape == (4, 1)
+    assert QLinear(300, 4, group_size=0).scale.shape == (4, 1)
     assert all(torch.equal(a, b) for a, b in zip(quantize_int8(w, 512), (q, scale, zero)))
 
 

@@ -134,7 +134,7 @@ class Live(TorchDispatchMode):
 
     # what kernels/launch.py asks of a counter
 
-    def kernel(self, plain, launches, unit, *args, **kwargs):
+    def kernel(self, plain, launches, unit, share, *args, **kwargs):
         """plain(...), of which the results alone are counted. Once they are known it need not run
         again for arguments of the same shapes: in this way a plan takes half as long."""
         if self.inside:  # a part of another kernel

@@ -564,7 +564,7 @@ def test_fragments_are_of_blocks_that_the_heap_keeps(length, share):
     plan = memory.memory_plan(s, torch.float32, torch.float32, fragments=0.75)
     kept = (plan["fragments, workspaces"] - memory.WORKSPACES) / 0.75
     assert kept == pytest.approx(share * plan["gradients, activations"], rel=0.01,
-                                 abs=0.1 * plan["gradients, activations"])
+                                 abs=0.15 * plan["gradients, activations"])
 
 
 def run_folder_with(folder, *lines):

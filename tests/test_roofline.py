@@ -27,7 +27,7 @@ from run.roofline import launches, phase_seconds, step_on
 from tests.common import HERE, settings
 
 # launches of an ordinary step, which may not creep up
-MOST = {"7b": 25_000, "60m": 5_300}
+MOST = {"7b": 6_000, "60m": 1_500}
 H100 = card_named("H100")
 
 
