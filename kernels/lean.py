@@ -22,13 +22,15 @@ INIT_STD = 0.02  # of new weights
 @with_kernel(rows.rms_norm)
 @fused
 def rms_norm(x, h, weight, eps, dtype):
-    """x + h in x's dtype, its norm in `dtype`, and 1 / rms; x and h (..., C), h may be None.
+    """x + h in x's dtype, its norm in `dtype`, and 1 / rms; x and h (..., C).
 
-    The norm is (x + h) / rms(x + h) * weight, computed in float32. weight (C,) and 1 / rms
-    (..., 1) are float32.
+    h may be None, and the first result is then, too. The norm is (x + h) / rms(x + h) * weight,
+    computed in float32. weight (C,) and 1 / rms (..., 1) are float32.
     """
-    total = x if h is None else x + h
-    h = total.float()
+    total = None
+    if h is not None:
+        x = total = x + h
+    h = x.float()
     rstd = (h.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     return total, (h * rstd * weight).to(dtype), rstd
 
@@ -64,6 +66,8 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):  # the products' own, once for all that read it
             dtype = torch.get_autocast_dtype(x.device.type)
         total, y, rstd = rms_norm(x, h, weight, eps, dtype)
+        if h is None:
+            total = x
         ctx.save_for_backward(total, weight, rstd)
         return total, y
 

@@ -38,12 +38,12 @@ def cross_entropy_(logits, targets, softcap=0.0, gradient=True):
 
 
 def rms_norm(x, h, weight, eps, dtype):
-    """(x + h, its norm, 1 / rms); h may be None."""
+    """(x + h, its norm, 1 / rms); h may be None, and x + h is then."""
     cols = x.shape[-1]
     if cols > MAX_COLS:
         return NotImplemented
     x = x.contiguous()
-    total = x if h is None else torch.empty_like(x)
+    total = None if h is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=dtype)
     rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     rows = rstd.numel()
@@ -51,8 +51,8 @@ def rms_norm(x, h, weight, eps, dtype):
     block_m = max(1, TILE // block_n)
     if rows:
         _rms_norm_kernel[(triton.cdiv(rows, block_m),)](
-            x, x if h is None else h.contiguous(), weight, total, y, rstd, rows, cols, eps,
-            h is not None, block_m, block_n,
+            x, x if h is None else h.contiguous(), weight, x if h is None else total, y, rstd,
+            rows, cols, eps, h is not None, block_m, block_n,
             num_warps=8, enable_fp_fusion=False,
         )
     return total, y, rstd
