@@ -21,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.contenders import Phases, Training, build_ours
+from kernels.launch import compile_fused
 from run.device import check_device, pick_device, pick_dtype
 
 STEPS_BEFORE = 3  # first bases, compiled kernels, and one step that is like all
@@ -36,7 +37,7 @@ def main(s):
     weight_dtype = torch.float32 if s.method == "adamw" else dtype
     model, optimizer, _ = build_ours(s, kind, weight_dtype, phases)
     if s.compile:
-        model.compile_pointwise()
+        compile_fused(kind)
     autocast = torch.autocast(kind, dtype, enabled=weight_dtype != dtype)
     training = Training(s, kind, model, optimizer, phases, autocast)
     for _ in range(STEPS_BEFORE):
