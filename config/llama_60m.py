@@ -6,8 +6,8 @@ n_head = 8
 n_embd = 512
 ffn_dim = 1376
 
-batch_size = 64
-gradient_accumulation_steps = 8  # 512 sequences a step
+batch_size = 128
+gradient_accumulation_steps = 4  # 512 sequences a step
 compile = True
 if_read(rank=128, proj_gap=200)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores

@@ -125,12 +125,13 @@ def _trace(s, blocks, due, weight_dtype, dtype, gpu, only_build=False):
             if not only_build:
                 _steps_in_backward(s, due, optimizer, micro_batches, micro_batch, live)
         else:
-            for _ in range(2):  # torch makes the moments at the first step
+            for first in (True, False):  # torch makes the moments at the first step
                 for _ in range(micro_batches):
                     micro_batch(True)
                 optimizer.step()
                 optimizer.zero_grad()
-                live.reach("stepped")
+                if first:
+                    live.reach("stepped")
             state = [t for of in optimizer.state.values() for t in of.values()]
             parts["moments"] = sum(t.nbytes for t in state)
     return parts, live.events
