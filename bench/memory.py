@@ -56,7 +56,7 @@ def plan(s):
 
 def draw(plans, title, path):
     """Bars of {method: {part: bytes}}."""
-    figure = new_figure(8, 1.6 + 0.5 * len(plans))
+    figure = new_figure(8, 1.8 + 0.5 * len(plans))
     axes = figure.subplots()
     parts = list(dict.fromkeys(part for of in plans.values() for part in of))
     left = [0.0] * len(plans)
@@ -73,9 +73,9 @@ def draw(plans, title, path):
         axes.text(total + 0.2, name, f"{total:.1f}", va="center", bbox=background)
     axes.invert_yaxis()
     axes.margins(x=0.08)
-    axes.set_xlabel("GiB, by plan")
+    axes.set_xlabel("GiB that torch reserves, by plan")
     axes.set_title(title, pad=18)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=len(parts))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     save(figure, path)
 
 
