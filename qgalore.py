@@ -597,8 +597,8 @@ class QGaLore(torch.optim.Optimizer):
         return {"param_groups": groups, "trained": trained} | now
 
     def load_state_dict(self, state):
-        saved = {name: t["moments"]["m"].shape for name, t in state.get("trained", {}).items()}
-        mine = {name: t.moments.m.shape for name, t in self.trained.items()}
+        saved = {name: shape_kept(t["moments"]) for name, t in state.get("trained", {}).items()}
+        mine = {name: shape_kept(vars(t.moments)) for name, t in self.trained.items()}
         if saved != mine:
             name = next(n for n in mine | saved if mine.get(n) != saved.get(n))
             raise ValueError(f"this state is of another model or rank: {name} is "
@@ -610,3 +610,8 @@ class QGaLore(torch.optim.Optimizer):
         self.skipped = state.get("skipped", self.skipped)  # an older run did not save it
         for name, t in self.trained.items():
             t.load_state_dict(state["trained"][name])
+
+
+def shape_kept(moments):
+    """Of the first moment; () of a method that keeps none."""
+    return moments["m"].shape if "m" in moments else ()

@@ -6,6 +6,7 @@ Numbers at their ends, and matrices used in odd ways: a part of tests/test_fault
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from methods.muon import Momentum, orthogonal
 from methods.natural_galore import NaturalGaLore
 from methods.registry import METHODS, find
 from model import LLaMA, QLinear, quantize_linears
-from qgalore import Projection, QGaLore
+from qgalore import ProjectedWeight, Projection, QGaLore
 from quant import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from run.finite import first_not_finite
 from run.ranges import OF_MODEL, OF_OPTIMIZER
@@ -524,6 +525,37 @@ def test_a_state_of_another_model_is_refused(other):
     optimizer = QGaLore(LLaMA(tiny()), rank=8)
     with pytest.raises(ValueError, match="of another model or rank: "):
         optimizer.load_state_dict(other().state_dict())
+
+
+class Descent(ProjectedWeight):
+    """Plain descent in the subspace, which keeps nothing."""
+
+    def new_moments(self, shape):
+        return SimpleNamespace()
+
+    def direction(self, gradient):
+        return self.projection.matrix(self.dtype), gradient
+
+
+def test_a_method_that_keeps_nothing_resumes():
+    def made():
+        torch.manual_seed(0)
+        model = LLaMA(tiny())
+        return model, QGaLore(model, rank=8, weight=Descent)
+
+    def step(model, seed):
+        model(*tokens(seed=seed)).backward()
+
+    model, optimizer = made()
+    step(model, 0)
+    step(model, 1)
+    again, resumed = made()
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    step(model, 2)
+    step(again, 2)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, again.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("parts", [1, 2])
