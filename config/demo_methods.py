@@ -9,6 +9,7 @@ _rates = {
     "relora": 0.004,
     "apollo": 0.008,
     "apollo_mini": 0.008,
+    "qscale": 0.004,
     "muon": 0.004,
     "qmuon": 0.004,
 }

@@ -350,6 +350,31 @@ def test_natural_galore_divides_by_the_fisher_matrix(shape, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# SCALE
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scale_moves_by_columns_of_one_length(shape, blocks):
+    layer, optimizer = layer_and_optimizer(shape, "qscale", residual_blocks=blocks)
+    right = shape[0] >= shape[1]  # rows that a step looks at are columns of W
+    for i, (x, dy, _) in enumerate(gradients(shape, 5)):
+        before = layer.float_weight().clone()
+        layer.hook(layer, x, dy)
+        seen = torch.zeros(shape)
+        rows = slice(i % blocks, None, blocks)
+        g = dy.T @ x
+        if right:
+            seen[:, rows] = g[:, rows]
+        else:
+            seen[rows] = g[rows]
+        unit = seen / seen.norm(dim=0).clamp(min=1e-30)
+        step = -0.01 * blocks * 0.2 * math.sqrt(shape[0]) * unit
+        torch.testing.assert_close(layer.float_weight() - before, step, rtol=1e-3, atol=1e-6)
+    assert not vars(optimizer.weights[0].moments) and not optimizer.weights[0].state
+
+
+# -----------------------------------------------------------------------------
 # APOLLO
 
 
@@ -536,10 +561,11 @@ def test_the_side_that_is_projected_can_be_chosen(side):
 
 @pytest.mark.parametrize("method", [*SISTERS, "relora"])
 def test_each_method_learns_and_resumes_bit_for_bit(shards, tmp_path, method):
-    args = ["train.py", f"--data_dir={shards}", *TINY_MODEL, f"--method={method}", "--proj_gap=7",
+    args = ["train.py", f"--data_dir={shards}", *TINY_MODEL, f"--method={method}",
             "--eval_interval=20", "--lr_decay_iters=40"]
-    if "rank" in find(method).reads:
-        args.append("--rank=16")
+    for setting, value in (("rank", 16), ("proj_gap", 7)):
+        if setting in find(method).reads:
+            args.append(f"--{setting}={value}")
     for out, *more in (("whole", "--max_iters=40"), ("parts", "--max_iters=20"),
                        ("parts", "--max_iters=40", "--init_from=resume")):
         code, _, err = run(*args, f"--out_dir={tmp_path}/{out}", *more)
