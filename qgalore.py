@@ -597,21 +597,21 @@ class QGaLore(torch.optim.Optimizer):
         return {"param_groups": groups, "trained": trained} | now
 
     def load_state_dict(self, state):
-        saved = {name: shape_kept(t["moments"]) for name, t in state.get("trained", {}).items()}
-        mine = {name: shape_kept(vars(t.moments)) for name, t in self.trained.items()}
+        none = torch.empty(0)  # of a method that keeps no moment
+        saved = state.get("trained", {}).items()
+        saved = {name: t["moments"].get("m", none).shape for name, t in saved}
+        mine = {name: vars(t.moments).get("m", none).shape for name, t in self.trained.items()}
         if saved != mine:
             name = next(n for n in mine | saved if mine.get(n) != saved.get(n))
             raise ValueError(f"this state is of another model or rank: {name} is "
                              f"{saved.get(name)} there and {mine.get(name)} here")
-        state = tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), state)
+
+        def here(part):  # a weight at a time: a card has no room for two of all moments
+            return tree_map_only(torch.Tensor, lambda t: t.to(self.device, copy=True), part)
+
         for group, saved in zip(self.param_groups, state["param_groups"]):
-            group.update(saved | {"params": group["params"]})
-        self.norms = state["norms"]
-        self.skipped = state.get("skipped", self.skipped)  # an older run did not save it
+            group.update(here(saved) | {"params": group["params"]})
+        self.norms = here(state["norms"])
+        self.skipped = here(state.get("skipped", self.skipped))  # an older run did not save it
         for name, t in self.trained.items():
-            t.load_state_dict(state["trained"][name])
-
-
-def shape_kept(moments):
-    """Of the first moment; () of a method that keeps none."""
-    return moments["m"].shape if "m" in moments else ()
+            t.load_state_dict(here(state["trained"][name]))
