@@ -368,19 +368,14 @@ class LLaMA(nn.Module):
         else:  # of which only the rows are used
             self.head = embedding(c.vocab_size, c.n_embd, device=device, dtype=dtype)
 
-    def hidden(self, idx, caches=None, position=0, documents=None):
-        """The last norm's output (B, T, C) for tokens idx (B, T) int64.
-
-        caches: one dict a block, filled as it goes, for the `position` tokens seen before idx; of
-        one row, if all rows of idx share them. documents (B, T) int64: a token sees only tokens of
-        its own number, so that a row may hold several texts, or padding at its left."""
+    def begin(self, idx, caches=None, position=0, documents=None):
+        """What blocks read of tokens idx (B, T): x (B, T, C), and for each block (cos, sin, mask).
+        Arguments: as for hidden()."""
         T = idx.shape[1]
         c = self.config
         x = self.embed(idx)  # (B, T, C)
         if c.embed_scale != 1:  # rounded to x's dtype first, as in Gemma's own code
             x = x * torch.tensor(c.embed_scale, dtype=x.dtype)
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()  # frozen embedding: the blocks have a backward all the same
         past = caches[0]["k"].shape[2] if caches and "k" in caches[0] else 0
         if caches:
             documents = all_documents(caches[0], documents, len(idx), past, T, c.block_size)
@@ -388,13 +383,24 @@ class LLaMA(nn.Module):
         masks = []  # of all keys, of a window
         for window in (most, c.sliding_window or most):
             masks.append(attention_mask(past, T, min(most, window), documents, x.device))
-        cos, sin = rope(position, T, c, x)
+        cos_sin = rope(position, T, c, x)
+        return x, [(*cos_sin, masks[block.slides]) for block in self.blocks]
+
+    def hidden(self, idx, caches=None, position=0, documents=None):
+        """The last norm's output (B, T, C) for tokens idx (B, T) int64.
+
+        caches: one dict a block, filled as it goes, for the `position` tokens seen before idx; of
+        one row, if all rows of idx share them. documents (B, T) int64: a token sees only tokens of
+        its own number, so that a row may hold several texts, or padding at its left."""
+        c = self.config
+        x, beside = self.begin(idx, caches, position, documents)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # frozen embedding: the blocks have a backward all the same
         for i, block in enumerate(self.blocks):
-            mask = masks[block.slides]
             if c.checkpoint_activations and torch.is_grad_enabled():
-                x = Checkpoint.apply(x, block, c.checkpoint_bits, cos, sin, mask)
+                x = Checkpoint.apply(x, block, c.checkpoint_bits, *beside[i])
             else:
-                x = block(x, cos, sin, mask, caches[i] if caches else None)
+                x = block(x, *beside[i], caches[i] if caches else None)
         return self.norm(x)
 
     def _head_rows(self):
@@ -412,12 +418,14 @@ class LLaMA(nn.Module):
 
         idx, targets: (B, T) int64; a target of -1 counts for nothing. Logits are (B, vocab_size),
         float32. The rest as in hidden()."""
-        x = self.hidden(idx, caches, position, documents)
-        if targets is None:
-            return self.logits(x[:, -1])
-        x = x.flatten(0, 1)  # (B T, C)
+        h = self.hidden(idx, caches, position, documents)
+        return self.logits(h[:, -1]) if targets is None else self.loss(h, targets, documents)
+
+    def loss(self, h, targets, documents=None):
+        """The mean loss of the last norm's output h (B, T, C). Arguments: as for forward()."""
+        h = h.flatten(0, 1)  # (B T, C)
         targets = targets.flatten()  # (B T,)
         if documents is not None:  # examples, of which few tokens count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
-            x, targets = x[at], targets[at]
-        return head_loss(x, self._head_rows(), targets, self.config.logit_softcap)
+            h, targets = h[at], targets[at]
+        return head_loss(h, self._head_rows(), targets, self.config.logit_softcap)

@@ -51,6 +51,7 @@ rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
+by_block = False  # micro-batches pass one block after another, see run/by_block.py
 compile = False  # torch.compile what lies between the matrices and has no kernel of its own: SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
@@ -103,6 +104,7 @@ import torch
 
 from kernels.launch import compile_fused
 from methods.registry import find
+from run.by_block import forward_backward
 from run.checkpoint import save_checkpoint, starting_model, whole_state
 from run.data import make_data, open_windows, shares_of
 from run.device import choose_floats, choose_threads, flops_per_token
@@ -272,14 +274,17 @@ class Run:
         for _ in range(s.gradient_accumulation_steps // self.ranks.size):
             batches.append(self.train_data.batch(s.batch_size, self.ranks.rank, self.ranks.size))
         shares = shares_of(batches, self.train_data.rows, s, self.ranks)
-        loss = torch.zeros((), device=s.device)
-        for i, batch in enumerate(batches):
-            x, y, documents = self.on_device(batch)
-            optimizer.accumulating = i < len(batches) - 1
-            with self.autocast:
-                micro_loss = self.model(x, y, documents=documents) * shares[i]
-            micro_loss.backward()  # in-backward methods also update the weights here
-            loss += micro_loss.detach()
+        batches = [self.on_device(batch) for batch in batches]
+        if s.by_block:
+            loss = forward_backward(self.model, batches, shares, optimizer, self.autocast)
+        else:
+            loss = torch.zeros((), device=s.device)
+            for i, (x, y, documents) in enumerate(batches):
+                optimizer.accumulating = i < len(batches) - 1
+                with self.autocast:
+                    micro_loss = self.model(x, y, documents=documents) * shares[i]
+                micro_loss.backward()  # in-backward methods also update the weights here
+                loss += micro_loss.detach()
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1

@@ -161,6 +161,9 @@ class Checkpoint(torch.autograd.Function):
     def forward(ctx, x, block, bits, *args):
         ctx.block, ctx.args = block, args
         ctx.shape, ctx.dtype, ctx.bits = x.shape, x.dtype, bits
+        device = x.device.type  # autograd calls backward without autocast
+        ctx.autocast = torch.autocast(device, torch.get_autocast_dtype(device),
+                                      torch.is_autocast_enabled(device))
         kept = quantize_int8(x.flatten(0, -2)) if bits == 8 else (x,)
         ctx.save_for_backward(*kept)
         return block(x, *args)
@@ -172,16 +175,24 @@ class Checkpoint(torch.autograd.Function):
             x = dequantize_int8(*kept, dtype=ctx.dtype).view(ctx.shape)
         else:
             x = kept[0].detach()
-        x.requires_grad_()
-        last = ctx.block.mlp.down_proj
-        last.graph_only = isinstance(ctx.block.mlp_post_norm, nn.Identity)  # no norm reads it
-        try:
-            with torch.enable_grad():
-                y = ctx.block(x, *ctx.args)
-        finally:
-            last.graph_only = False
-        torch.autograd.backward(y, dy)  # steps the block's weights
-        return x.grad, *[None] * (2 + len(ctx.args))
+        dx = block_backward(ctx.block, x, dy, ctx.args, ctx.autocast)
+        return dx, *[None] * (2 + len(ctx.args))
+
+
+def block_backward(block, x, dy, args, autocast):
+    """The gradient of a block's input x from that of block(x, *args), dy; steps the weights.
+
+    autocast: the context of its forward."""
+    x.requires_grad_()
+    last = block.mlp.down_proj
+    last.graph_only = isinstance(block.mlp_post_norm, nn.Identity)  # no norm reads it
+    try:
+        with torch.enable_grad(), autocast:
+            y = block(x, *args)
+    finally:
+        last.graph_only = False
+    torch.autograd.backward(y, dy)
+    return x.grad
 
 
 def plain_embedding(vocab_size, dim, device=None, dtype=None):
