@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 from kernels.moments import Moments, Record, take_
 from kernels.subspace import Arriving, random_matrix, range_finder, similarity, singular_vectors
-from kernels.sums import Sum, stacked
+from kernels.sums import Sum, product, stacked
 from model import QLinear
 from quant import add_bfloat16_, decode, encode, random_key, rounding_key
 from run.device import one_device
@@ -256,7 +256,7 @@ class ProjectedWeight(Trained):
     A sister method is a subclass. Most override direction(): how a gradient becomes a step. Here
     gradients lie with their projected side first: G (dim, other), R = P^T G (rank, other)."""
 
-    options = ()  # settings that a sister's constructor takes by name
+    multiply = staticmethod(product)  # left^T right of two factors of a gradient
 
     def __init__(self, optimizer, name, place, layer, projection, scale):
         super().__init__(optimizer, name, place)
@@ -313,9 +313,9 @@ class ProjectedWeight(Trained):
                 total = self.new_sum(what, sum(a.shape[1] for a in lefts), right.shape[1])
                 self.sums[what] = total
             parts = (self.optimizer.seed, self.name, self.step, what, self.optimizer.ranks.rank)
-            total.add_(lefts, right, rounding_key(total.added, *parts))
+            total.add_(lefts, right, rounding_key(total.added, *parts), self.multiply)
             return
-        product = stacked(lefts, right)  # (rows, cols), in the dtype of x and dy
+        product = stacked(lefts, right, self.multiply)  # (rows, cols), in the dtype of x and dy
         if total is not None:  # all of this rank's step
             product = self.sums.pop(what).value(self.dtype).add_(product)
         self.send(what, product)
@@ -565,7 +565,7 @@ class QGaLore(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none=True):
-        """Forget gradients that have not moved a weight. (Muon's momentum then starts anew.)"""
+        """Forget gradients that have not moved a weight."""
         super().zero_grad(set_to_none)
         self.accumulated = False
         for t in self.trained.values():

@@ -63,7 +63,6 @@ proj_k: between(1, 10**6) = 5  # refreshes in that mean
 proj_bits: one_of(4, 8, 16) = 4  # of the bases; 16: not quantised
 proj_side: one_of("auto", "left", "right") = "auto"  # side of W to project; auto: the smaller
 proj_svd = False  # exact singular vectors of the formed gradient, in place of the range finder
-residual_blocks: between(1, 2**10) = 1  # muon, fira: a step uses each n-th row of the full gradient
 galore_scale: between(1e-6, 1e6) = 0.25  # projected weights move at learning_rate * galore_scale
 weight_bits: one_of(0, 4, 8, 16, 32) = 0  # of the blocks' matrices; 0: the method's own, 4: NF4
 weight_group_size: zero_or_power_of_two = 256  # columns of W that share a scale; 0: a whole row

@@ -6,5 +6,5 @@ n_layer = 40
 n_head = 40
 n_embd = 5120
 ffn_dim = 13824
-if_read(rank=1280, residual_blocks=1)
+if_read(rank=1280)
 gradient_accumulation_steps = 1  # 512 sequences a step, like 7B's, take 4 GiB more

@@ -15,7 +15,6 @@ checkpoint_bits = 8
 compile = True
 if_read(rank=1024, proj_gap=500)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
-if_read(residual_blocks=2)  # with --method=qmuon: half of the whole gradient's sums
 learning_rate = 0.004
 max_iters = 150000
 warmup_iters = 15000

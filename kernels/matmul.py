@@ -11,6 +11,9 @@ absolute value / 127:
 W's scales lie along the sums of dy W, so dy * scale is what is rounded there. Products of codes are
 summed exactly, in int32. zero meets x and dy as they came. A token with an inf or NaN has no finite
 result, and others do not see it.
+
+The weight's own gradient, dy^T x, is a product of the same kind: each column of both factors, over
+all tokens, has one unit.
 """
 
 import torch
@@ -32,6 +35,31 @@ def matmul_transposed_int8(dy, q, scale, zero):
     """dy @ W, (T, cols) in dy.dtype, of dy (T, rows) float."""
     code, s, total = round_rows(dy, scale, zero)
     return scaled_product(code, transposed(q), s, total, dtype=dy.dtype)
+
+
+def gradient_int8(a, b, total=None, key=0):
+    """a^T b (m, n) of a (T, m) and b (T, n), in their dtype; or total (m, n) += that, rounded to
+    nearest. Columns are rounded to INT8. key: not used."""
+    return column_product(*round_columns(a), *round_columns(b), total, a.dtype)
+
+
+@with_kernel(products.round_columns, launches=2)
+def round_columns(x):
+    """(codes, s) of x (T, n) float: x^T = s * codes, int8 (n, T), or wider by zeros; float32 (n,).
+
+    A column with an inf or NaN has an s that is not finite."""
+    s = x.abs().amax(dim=0).float().clamp_(min=1e-30).div_(127)
+    code = x.float().T.div(s[:, None]).nan_to_num_(0, 0, 0)
+    return code.round_().to(torch.int8), s
+
+
+@with_kernel(products.column_product, unit="int8")
+def column_product(code, s, other, s_other, total=None, dtype=torch.float32):
+    """s * (code @ other^T) * s_other, (m, n) in dtype; or it is added to total, any float dtype.
+
+    code int8 (m, T), other int8 (n, T); s (m,), s_other (n,) float32."""
+    y = _product(code, other).mul_(s[:, None]).mul_(s_other)
+    return y.to(dtype) if total is None else total.copy_(y.add_(total))
 
 
 @with_kernel(products.round_rows)

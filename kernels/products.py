@@ -1,10 +1,12 @@
 """
-The three kernels of a product with INT8 weights, in Triton. matmul.py has the same functions in
+The kernels of a product with INT8 weights, in Triton. matmul.py has the same functions in
 plain torch and says what is computed.
 
     round_rows       one program a token: its codes, unit and total, in one pass over x
     transposed       q^T, because INT8 tensor cores want both factors to lie along the sum
-    scaled_product   the product, whose sums leave the tensor cores as float32 and are written once
+    round_columns    one program 64 columns of 128 tokens: their codes, transposed
+    scaled_product, column_product
+                     the product, whose sums leave the tensor cores as float32 and are written once
 
 By data sheet INT8 runs at twice the rate of bfloat16, on consumer cards at four times, as these
 halve bfloat16 with float32 sums. A program makes 128 x 256 of y: with 128 x 128 each byte would
@@ -25,6 +27,7 @@ WIDTH = 4096  # columns that a program of round_rows holds at once
 # memory, of which consumer cards have 99, and 214 of 255 registers
 MANY = (128, 256, 64, 8)
 FEW = (32, 32, 128, 4)
+ADDS = (128, 128, 64, 8)  # what is added to takes registers, too
 SHARED_ROWS = 8  # blocks of tokens whose programs run beside each other and share q's tiles in L2
 
 
@@ -63,23 +66,53 @@ def transposed(q):
 def scaled_product(code, q, s, total, scale=None, zero=None, dtype=torch.float32):
     if code.is_cuda and torch.cuda.get_device_capability(code.device) < (8, 0):
         return NotImplemented  # Triton has no INT8 products for Turing; cuBLAS has
-    tokens, cols = code.shape
-    rows = len(q)
+    cols = code.shape[1]
     if q.shape[1] < cols:  # as in code, rows of 5461 are of no use
         q = F.pad(q, (0, cols - q.shape[1]))
-    q = q.contiguous()
-    y = torch.empty(tokens, rows, dtype=dtype, device=code.device)
-    scaled = scale is not None
-    factors = (scale.contiguous(), zero.contiguous()) if scaled else (s, s)  # s: not read
+    y = torch.empty(len(code), len(q), dtype=dtype, device=code.device)
+    _multiply(code, q.contiguous(), y, s, total, scale, zero)
+    return y
+
+
+def round_columns(x):
+    """Rows of codes are padded with zeros to a multiple of ALIGNED. The columns' largest values are
+    found by torch, which keeps NaN."""
+    tokens, cols = x.shape
+    s = torch.linalg.vector_norm(x, torch.inf, dim=0, dtype=torch.float32)
+    padded = triton.cdiv(tokens, ALIGNED) * ALIGNED
+    code = torch.empty(cols, padded, dtype=torch.int8, device=x.device)
+    unit = torch.empty_like(s)
+    grid = (triton.cdiv(padded, 128), triton.cdiv(cols, 64))
+    _round_columns_kernel[grid](
+        x, s, code, unit, tokens, cols, padded, *x.stride(), 128, 64,
+        num_warps=4, enable_fp_fusion=False,
+    )
+    return code, unit
+
+
+def column_product(code, s, other, s_other, total=None, dtype=torch.float32):
+    if code.is_cuda and torch.cuda.get_device_capability(code.device) < (8, 0):
+        return NotImplemented
+    adds = total is not None
+    y = total if adds else torch.empty(len(code), len(other), dtype=dtype, device=code.device)
+    _multiply(code, other, y, s, scale=s_other, adds=adds)
+    return y
+
+
+def _multiply(code, q, y, s, total=None, scale=None, zero=None, adds=False):
+    """y (tokens, rows) <- the product of code (tokens, n) and q (rows, n), or += that."""
+    factors = [s if t is None else t.contiguous() for t in (total, scale, zero)]  # s: not read
+    tokens, cols = code.shape
+    rows = len(q)
     # where text is generated, many small programs share the reading of q
-    block_m, block_n, block_k, warps = FEW if tokens <= FEW[0] else MANY
+    tile = FEW if tokens <= FEW[0] else ADDS if adds else MANY
+    block_m, block_n, block_k, warps = tile
     grid = (triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n),)
     _matmul_kernel[grid](
-        code, q, s, total, *factors, y, tokens, rows, cols, scaled, SHARED_ROWS,
-        block_m, block_n, block_k,
+        code, q, s, *factors, y, tokens, rows, cols, scale is not None, total is not None, adds,
+        SHARED_ROWS, block_m, block_n, block_k,
         num_warps=warps, num_stages=3, enable_fp_fusion=False,
     )
-    return y
 
 
 if triton is not None:
@@ -118,6 +151,26 @@ if triton is not None:
         tl.store(total_ptr + token, tl.sum(total, axis=0))
 
     @triton.jit
+    def _round_columns_kernel(
+        x_ptr, largest_ptr, code_ptr, s_ptr, tokens, cols, padded, token_stride, col_stride,
+        BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):
+        token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+        col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        largest = tl.load(largest_ptr + col, col < cols, other=0.0)
+        smallest = tl.where(largest == largest, 1e-30, largest)  # NaN stays
+        s = tl.div_rn(tl.where(largest < 1e-30, smallest, largest), 127.0)
+        if tl.program_id(0) == 0:
+            tl.store(s_ptr + col, s, col < cols)
+        col = col[None, :]
+        inside = (token < tokens) & (col < cols)
+        x = tl.load(x_ptr + token * token_stride + col * col_stride, inside, other=0.0)
+        code = tl.div_rn(x.to(tl.float32), s[None, :])
+        code = (code + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # as in _round_kernel
+        at = tl.trans(col) * padded + tl.trans(token)  # (BLOCK_N, BLOCK_T)
+        tl.store(code_ptr + at, tl.trans(code), tl.trans((token < padded) & (col < cols)))
+
+    @triton.jit
     def _transpose_kernel(q_ptr, out_ptr, rows, words, out_words):
         """q as words (rows, words) of four columns, out as words (cols, out_words) of four rows."""
         m = (tl.program_id(0) * 32 + tl.arange(0, 32))[:, None]  # four rows of q
@@ -138,8 +191,8 @@ if triton is not None:
     @triton.jit
     def _matmul_kernel(
         code_ptr, q_ptr, s_ptr, total_ptr, scale_ptr, zero_ptr, y_ptr, tokens, rows,
-        COLS: tl.constexpr, SCALED: tl.constexpr, SHARED_ROWS: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        COLS: tl.constexpr, SCALED: tl.constexpr, TOTALS: tl.constexpr, ADDS: tl.constexpr,
+        SHARED_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ):
         # programs go down SHARED_ROWS blocks of tokens, then on to the next block of q's rows
         blocks_m = tl.cdiv(tokens, BLOCK_M)
@@ -170,9 +223,15 @@ if triton is not None:
         # to float32, with the token's unit and the row's scale
         token = token[:, None]
         row = row[None, :]
+        inside = (token < tokens) & (row < rows)
         y = dot.to(tl.float32) * tl.load(s_ptr + token, token < tokens, other=0.0)
-        total = tl.load(total_ptr + token, token < tokens, other=0.0)
         if SCALED:
             y *= tl.load(scale_ptr + row, row < rows, other=0.0)
-            total = total * tl.load(zero_ptr + row, row < rows, other=0.0)
-        tl.store(y_ptr + token * rows + row, y + total, (token < tokens) & (row < rows))
+        if TOTALS:
+            total = tl.load(total_ptr + token, token < tokens, other=0.0)
+            if SCALED:
+                total = total * tl.load(zero_ptr + row, row < rows, other=0.0)
+            y += total
+        if ADDS:
+            y += tl.load(y_ptr + token * rows + row, inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + token * rows + row, y, inside)

@@ -8,7 +8,7 @@ import torch
 
 from methods.fira import limit_growth_
 from methods.registry import FLOATS, register
-from qgalore import ProjectedWeight
+from methods.whole_gradient import WholeGradient
 from quant import random_key, uniform
 
 READS = ("rank", "proj_gap", "proj_side", "accumulation", "stochastic_rounding", "matmul")
@@ -21,24 +21,12 @@ READS = ("rank", "proj_gap", "proj_side", "accumulation", "stochastic_rounding",
     reads=READS,
     fixes=FLOATS | {"galore_scale": 1.0},
 )
-class Apollo(ProjectedWeight):
+class Apollo(WholeGradient):
     """W moves by G, each column as much as Adam makes of its projection.
 
     The projection is on random directions, which are drawn again each gap and not kept."""
 
     dims = 0  # the norms that are compared are of columns
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.projection.basis = ()  # none is kept, and none comes from a gradient
-        self.projection.next_refresh = math.inf
-
-    def empty_basis(self):
-        return ()
-
-    def factors(self, x, dy):
-        a, b = self.projection.sides(x, dy)
-        return (a,), b
 
     def matrix(self):
         """P (dim, rank) at this step, of normal numbers of variance 1 / rank."""

@@ -1,9 +1,9 @@
 """
-Muon (K. Jordan, 2024), which keeps of its momentum what lies in the subspace.
+Muon (K. Jordan, 2024) on INT8 weights, its momentum in 4 bits.
 
-W moves by the orthogonal factor, block by block, of P M + GRADIENT G, at the size of a step of Adam
-(arXiv 2502.16982, section 2.2). M is the momentum of R. G is the gradient of this step alone: it
-reaches the directions that P leaves out. Experimental: docs/results.md has what it is worth.
+W moves by the orthogonal factor, block by block, of M + GRADIENT G, at the size of a step of Adam
+(arXiv 2502.16982, section 2.2). M is the momentum (kernels/momentum.py), G the gradient of this
+step. There is no basis, and no second moment: at 7B 3.2 GiB are kept beside the weights.
 """
 
 import torch
@@ -11,12 +11,9 @@ import torch.nn.functional as F
 
 from kernels import symmetric
 from kernels.launch import with_kernel
-from kernels.moments import adam_int8_
-from kernels.subspace import frobenius
-from kernels.sums import Sum
-from methods.fira import READS, Fira
-from methods.registry import FLOATS, register
-from quant import add_low_rank_int8_, dequantize_int8, quantize_int8
+from kernels.momentum import Momentum
+from methods.registry import register
+from methods.whole_gradient import NO_BASIS, READS, WholeGradient
 
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum
 LIKE_ADAM = 0.2  # root of the mean square of its step in a square weight
@@ -32,124 +29,22 @@ NEWTON_SCHULZ = (
 )
 
 
-class Momentum:
-    """The first moment alone, of a low-rank gradient.
-
-    kind: "float32", 4 bytes an element; else INT8, 1 byte, rounded stochastically."""
-
-    def __init__(self, shape, kind, device=None):
-        self.kind = kind
-        m = torch.zeros(shape, device=device)  # (rank, other)
-        if kind == "float32":
-            self.m = m
-        else:
-            self.m, self.m_scale, self.m_zero = quantize_int8(m)
-
-    def step_(self, g, betas, eps, key=0):
-        """g <- m <- beta m + (1 - beta) g. Arguments: as for Moments; eps is not used."""
-        if self.kind == "float32":
-            g.copy_(self.m.lerp_(g.float(), 1 - betas[0]))
-        else:
-            # Adam's kernel with a second moment of 1: the momentum alone
-            ones = torch.ones(max(g.shape), device=g.device)
-            codes = (self.m, self.m_scale, self.m_zero)
-            adam_int8_(*codes, g, ones[: len(g)], ones[: g.shape[1]], betas[0], 1.0, 0.0, key)
-
-    def add_(self, left, right, shrink, key):
-        """m <- shrink m + left^T right, left (T, rows), right (T, cols)."""
-        if self.kind == "float32":
-            self.m.mul_(shrink).add_(left.T @ right)
-        else:
-            codes = (self.m, self.m_scale, self.m_zero)
-            add_low_rank_int8_(*codes, left.T, right.T, shrink, key, poison=True)
-
-    def take_(self, dtype=torch.float32):
-        """m, from INT8 in dtype; what is left is 0."""
-        if self.kind == "float32":
-            m = self.m
-            self.m = torch.zeros_like(m)
-            return m
-        m = dequantize_int8(self.m, self.m_scale, self.m_zero, dtype)
-        self.m_scale.zero_()
-        self.m_zero.zero_()
-        return m
-
-
-class SumInMomentum(Sum):
-    """A Sum whose first rows, the low-rank gradient, add up in the momentum: no memory.
-
-    Before the step m <- beta m + (1 - beta) r, m + (1 / beta - 1) r is the same. Of several ranks
-    the first adds to m, the others to 0. After a gradient that is not finite m starts anew."""
-
-    def __init__(self, momentum, beta, first, rows, cols, device):
-        self.momentum = momentum
-        self.beta = beta
-        self.first = first
-        super().__init__(rows - len(momentum.m), cols, "int8", device)
-
-    def add_(self, lefts, right, key):
-        r, *rest = lefts
-        shrink = 1.0 if self.first or self.added else 0.0
-        self.momentum.add_(r * (1 / self.beta - 1), right, shrink, key ^ len(lefts))
-        super().add_(rest, right, key)
-
-    def value(self, dtype=torch.float32):
-        # that step makes it beta m
-        r = self.momentum.take_(dtype).mul_(self.beta / (1 - self.beta))
-        return torch.cat([r, super().value(dtype)])
-
-
-@register("qmuon", "Muon on INT8 weights, its momentum INT8 in the subspace; experimental",
-          reads=READS)
-@register("muon", "the same with float weights, bases and momentum", weight_bits=(16, 8),
-          reads=READS, fixes=FLOATS)
-class Muon(Fira):
-    """W moves by the orthogonal factors of P M + GRADIENT G. R and G are gathered, as by Fira."""
+@register("qmuon", "Muon on INT8 weights, its momentum in 4 bits", reads=(*READS, "moments"),
+          fixes=NO_BASIS)
+@register("muon", "the same with float weights and momentum", weight_bits=(16, 8), reads=READS,
+          fixes=NO_BASIS | {"moments": "float32"})
+class Muon(WholeGradient):
+    """W moves by the orthogonal factors of M + GRADIENT G."""
 
     def new_moments(self, shape):
-        return Momentum(shape, self.optimizer.moments, self.optimizer.device)
-
-    def new_sum(self, what, rows, cols):
-        """Of a gradient in its momentum, unless that has another use or a finer sum is wanted."""
-        o = self.optimizer
-        beta = o.betas[0]
-        below = what == "gradient" and self.blocks > 1  # R lies there, above the rows of G
-        if below and o.accumulation == "int8" and beta > 1e-6 and not o.grad_clip:
-            first = o.ranks.rank == 0
-            return SumInMomentum(self.moments, beta, first, rows, cols, o.device)
-        return super().new_sum(what, rows, cols)
-
-    def drop(self):
-        """Micro-batches that are in the momentum cannot be told from it: it starts anew."""
-        if isinstance(self.sums.get("gradient"), SumInMomentum):
-            self.moments.take_()
-        super().drop()
-
-    def factors(self, x, dy):
-        """Of G alone, where a step looks at all its rows: R comes from their sum."""
-        if self.blocks > 1:
-            return super().factors(x, dy)
-        a, b = self.projection.sides(x, dy)
-        return (a,), b
-
-    def norm(self, gradient):
-        """Of G, as far as its rows tell: R may have been summed up in the momentum."""
-        if self.blocks == 1:
-            return frobenius(gradient)
-        return frobenius(gradient[self.projection.rank :]) * self.blocks**0.5
+        side = self.projection.dim, self.projection.other
+        return Momentum(side, self.optimizer.moments, self.optimizer.device)
 
     def direction(self, gradient):
         gradient = gradient.to(self.dtype)
-        p = self.projection.matrix(self.dtype)  # (dim, rank)
-        if self.blocks == 1:  # gradient is G
-            # adam_: the momentum's step
-            step = gradient.addmm_(p, self.adam_(p.T @ gradient), beta=GRADIENT)
-        else:
-            r, g = gradient.tensor_split([self.projection.rank])  # (rank, other), (rows, other)
-            step = p @ self.adam_(r)
-            step[self.rows()].add_(g, alpha=GRADIENT * self.blocks)
-        size = LIKE_ADAM * max(step.shape) ** 0.5
-        return None, orthogonal(step, self.projection.right, size)
+        self.moments.step_(gradient, self.optimizer.betas[0], GRADIENT)
+        size = LIKE_ADAM * max(gradient.shape) ** 0.5
+        return None, orthogonal(gradient, self.projection.right, size)
 
 
 def orthogonal(x, right, factor):

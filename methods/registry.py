@@ -1,7 +1,7 @@
 """
 What a method is: the settings that it reads and fixes, and how it makes a model and an optimizer.
 
-    @register("qfira", "Q-GaLore, and Fira's residual", reads=SUBSPACE + ("residual_blocks",))
+    @register("qfira", "Q-GaLore, and Fira's residual")
     class Fira(ProjectedWeight): ...
 
 registers a method that moves each projected weight as that class does. Methods that train something
@@ -164,10 +164,8 @@ class InBackward(Method):
     weight = None
 
     def build_optimizer(self, model, s, ranks=None):
-        chosen = {}  # without projected weights, QGaLore's default is never used
-        if self.weight is not None:
-            options = {name: getattr(s, name) for name in self.weight.options}
-            chosen = {"weight": partial(self.weight, **options)}
+        # without projected weights, QGaLore's default is never used
+        chosen = {} if self.weight is None else {"weight": self.weight}
         return QGaLore(
             model,
             lr=s.learning_rate,

@@ -14,7 +14,7 @@ with 512 x 256 tokens and checkpoint_bits=8. The result is the same.
 import torch
 
 from kernels.lean import block_backward
-from quant import dequantize_int8, quantize_int8
+from quant import GROUP_SIZE, dequantize_int8, quantize_int8
 
 
 class Kept:
@@ -24,20 +24,30 @@ class Kept:
         self.bits = bits
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         codes = quantize_int8(x.flatten(0, -2)) if bits == 8 else (x,)
-        self.codes = [to_host(t) for t in codes]
+        self.codes = [self.leave(t) for t in codes]
 
     def value(self):
-        codes = [t.to(self.device, non_blocking=True) for t in self.codes]
+        codes = [self.come_back(t) for t in self.codes]
         if self.bits == 8:
             return dequantize_int8(*codes, dtype=self.dtype).view(self.shape)
         return codes[0].detach()
 
+    def leave(self, t):
+        """A copy of a GPU's tensor in pinned memory, in the order of the stream; others stay."""
+        if not t.is_cuda:
+            return t
+        return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
 
-def to_host(t):
-    """A copy of a GPU's tensor in pinned memory, in the order of the stream; others stay."""
-    if not t.is_cuda:
-        return t
-    return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+    def come_back(self, t):
+        return t.to(self.device, non_blocking=True)
+
+
+def kept_bytes(s, dtype):
+    """What Kept takes in a step of settings s, in host memory."""
+    elements = s.batch_size * s.gradient_accumulation_steps * s.block_size * s.n_embd * s.n_layer
+    if s.checkpoint_bits == 8:
+        return elements + 8 * elements // GROUP_SIZE
+    return elements * dtype.itemsize
 
 
 def forward_backward(model, batches, shares, optimizer, autocast, keep=Kept):

@@ -30,7 +30,9 @@ from kernels.launch import triton
 from methods.registry import find, shape
 from quant import bitsandbytes
 from run.allocator import Allocator
+from run.by_block import Kept, forward_backward, kept_bytes
 from run.device import GIB, block_weights, memory_room, taken_outside_torch
+from run.machine import free_memory
 from run.ranks import IN_FLIGHT
 from run.roofline import print_time
 from run.trace import Live, Repeated, kept
@@ -42,8 +44,20 @@ WORKSPACES = 16 * 2**20  # bytes: of the libraries, on a CPU
 CONTEXT = 900 * 2**20  # bytes: of CUDA and its libraries, where no card can be asked; an H100's 860
 ABSURD = 2**50  # bytes of weights that no machine has: nothing more is planned
 SUMS = "sums of micro-batches"
+KEPT = "inputs of blocks"  # with by_block: in host memory
 OUTSIDE = "context, libraries"  # of torch's allocator
 MEASURED_IN_STEPS = ("projections", SUMS)  # parts that a run allocates as it steps
+
+
+class InHostMemory(Kept):
+    """A block's input that is not on the device: a plan does not count it."""
+
+    def leave(self, t):
+        return t.shape, t.dtype
+
+    def come_back(self, t):
+        shape, dtype = t
+        return torch.empty(shape, dtype=dtype)
 
 
 class Gpu(NamedTuple):
@@ -66,7 +80,10 @@ def memory_plan(s, weight_dtype, dtype, fragments=0.0, gpu=None):
         parts, events = _trace(s, n, due, weight_dtype, dtype, gpu)
     else:
         parts, events = _trace_deep(s, n, due, weight_dtype, dtype, gpu)
-    return _summed_up(parts, events, fragments, gpu)
+    plan = _summed_up(parts, events, fragments, gpu)
+    if s.by_block and gpu is None:
+        plan[KEPT] = kept_bytes(s, dtype)
+    return plan
 
 
 def _trace_deep(s, n, due, weight_dtype, dtype, gpu):
@@ -112,23 +129,33 @@ def _trace(s, blocks, due, weight_dtype, dtype, gpu, only_build=False):
         live.reach("built")
         live.watch(model.blocks)
 
-        def micro_batch(last):
+        def step(stage=None):
+            """stage: is reached before the last micro-batch."""
             idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)  # (B, T)
-            optimizer.accumulating = not last
-            with autocast:
-                loss = model(idx, idx)
-            loss.backward()
-            live.block = None
+            if s.by_block:
+                batches = [(idx, idx, None)] * micro_batches
+                others = s.gradient_accumulation_steps - micro_batches, *idx.shape, s.n_embd
+                waiting = torch.empty(others, dtype=dtype)  # noqa: hidden states
+                shares = [1] * micro_batches
+                forward_backward(model, batches, shares, optimizer, autocast, keep=InHostMemory)
+                live.block = None
+            for left in [] if s.by_block else reversed(range(micro_batches)):
+                if stage and left == 0 and micro_batches > 1:
+                    live.reach(stage)
+                optimizer.accumulating = left > 0
+                with autocast:
+                    loss = model(idx, idx)
+                loss.backward()
+                live.block = None
+            optimizer.step()
 
         if hasattr(optimizer, "weights"):
             parts["moments"] = built - parts["weights"]
             if not only_build:
-                _steps_in_backward(s, due, optimizer, micro_batches, micro_batch, live)
+                _steps_in_backward(s, due, optimizer, step, live)
         else:
             for first in (True, False):  # torch makes the moments at the first step
-                for _ in range(micro_batches):
-                    micro_batch(True)
-                optimizer.step()
+                step()
                 optimizer.zero_grad()
                 if first:
                     live.reach("stepped")
@@ -137,15 +164,12 @@ def _trace(s, blocks, due, weight_dtype, dtype, gpu, only_build=False):
     return parts, live.events
 
 
-def _steps_in_backward(s, due, optimizer, micro_batches, micro_batch, live):
+def _steps_in_backward(s, due, optimizer, step, live):
     """The first step of weights that step in backward, then a later one in which some refresh."""
     for weight in optimizer.weights:
         p = weight.projection
         p.refresh = partial(_first_refresh, weight, p.refresh)
-    if micro_batches > 1:
-        micro_batch(False)
-    micro_batch(True)
-    optimizer.step()
+    step()
     live.reach("projections")
     for weight in optimizer.weights:
         del weight.projection.refresh
@@ -154,11 +178,7 @@ def _steps_in_backward(s, due, optimizer, micro_batches, micro_batch, live):
     for i, projection in enumerate(projections):
         if projection.next_refresh < math.inf:
             projection.next_refresh = 0 if i < due else math.inf
-    if micro_batches > 1:
-        micro_batch(False)
-        live.reach(SUMS)
-    micro_batch(True)
-    optimizer.step()
+    step(SUMS)
 
 
 def _first_refresh(weight, refresh, sketch, step):
@@ -224,16 +244,26 @@ def fits(s, ranks, weight_dtype, dtype):
         if sum(plan.values()) <= most:
             plan = plan_of_rank(s, ranks, weight_dtype, dtype)
             room = room_here(s)  # on a CPU, less what planning has loaded
+        host = kept_bytes(s, dtype) if s.by_block and s.device != "cpu" else 0
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     if s.dry_run:
         print_plan(plan, room, s.device)
         if sum(plan.values()) <= ABSURD and ranks.size == 1:
             print_time(s, sum(plan.values()) - plan.get(OUTSIDE, 0))
+        if host:
+            print(f"in host memory, the blocks' inputs: {host / GIB:.1f} GiB")
         if sum(plan.values()) > ABSURD:
             print("note: this is the least that such sizes take; more was not counted")
     else:
         refuse_what_does_not_fit(plan, room, s.device)
+        free = free_memory()
+        if host and free is not None and host > free:
+            raise SystemExit(
+                f"error: by_block leaves {host / GIB:.2f} GiB of blocks' inputs in host memory, "
+                f"which has {free / GIB:.2f} free: lower gradient_accumulation_steps, or set "
+                "checkpoint_bits=8"
+            )
 
 
 def room_here(s):
@@ -294,7 +324,8 @@ LOWER = {  # what a user can do about the largest part
     "fragments, workspaces": "batch_size or block_size, or set checkpoint_activations=True",
     "moments": "rank",
     "projections": "rank",
-    SUMS: "gradient_accumulation_steps to 1, or with muon and fira raise residual_blocks",
+    SUMS: "gradient_accumulation_steps to 1, or set by_block=True",
+    KEPT: "batch_size or gradient_accumulation_steps, or set checkpoint_bits=8",
     OUTSIDE: "n_layer or n_embd, or end what else runs on the card",
 }
 

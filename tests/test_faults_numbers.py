@@ -319,7 +319,7 @@ NOT_DEFAULT = {
     "rank": 24, "proj_gap": 2, "gap_growth": 1.5, "proj_threshold": -1.0, "proj_k": 1,
     "proj_bits": 8, "proj_side": "left", "proj_svd": True, "galore_scale": 0.5,
     "moments": "float32", "accumulation": "bfloat16", "stochastic_rounding": False,
-    "matmul": "int8", "residual_blocks": 2, "lora_alpha": 8.0,
+    "matmul": "int8", "lora_alpha": 8.0,
 }
 # and all other settings, in a few runs that together take every choice
 OTHER_RUNS = [
@@ -397,7 +397,7 @@ def test_every_setting_and_every_choice_runs(shards, tmp_path):
     "block_size=1000000000",
     "weight_group_size=3", "proj_gap=0", "proj_k=0", f"proj_k={10**12}", "gap_growth=1e9",
     "rank=0", f"rank={10**12}", "gradient_accumulation_steps=0", "keep_checkpoints=0",
-    "rank_timeout=1e300", "residual_blocks=0", "residual_blocks=1000000000000", "moments=reset",
+    "rank_timeout=1e300", "moments=reset",
 ])
 def test_a_value_beyond_its_end_is_one_line(flag):
     name = flag.partition("=")[0]
@@ -650,27 +650,6 @@ def test_a_gradient_that_tells_nothing_leaves_the_basis(bad, svd):
     assert all(torch.equal(old, new) for old, new in zip(before, projection.basis))
     projection._settle()
     assert not projection.history and projection.refreshes == 2
-
-
-@pytest.mark.parametrize("moments", ["factored", "float32"])
-def test_muons_momentum_forgets_micro_batches_that_are_dropped(moments):
-    """They lie in it: it starts anew, as if there had been no step before."""
-    _, s, model, optimizer = small_run("qmuon", moments=moments, residual_blocks=2)
-    (weight,) = [w for w in optimizer.weights if w.name.endswith("q_proj")]
-    for i in range(2):
-        model(*tokens(vocab=257, seed=i)).backward()
-    assert weight.moments.m.any()
-    optimizer.accumulating = True
-    (1e6 * model(*tokens(vocab=257, seed=2))).backward()
-    optimizer.zero_grad()
-    if moments == "float32":
-        assert not weight.moments.m.any()
-    else:
-        codes = (weight.moments.m, weight.moments.m_scale, weight.moments.m_zero)
-        assert not dequantize_int8(*codes).any()
-    optimizer.accumulating = False
-    model(*tokens(vocab=257, seed=3)).backward()
-    assert first_not_finite(model) is None and weight.ended
 
 
 def test_a_weight_of_two_places_is_not_parted():

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import quant
-from kernels import (adam, launch, lean, loss, matmul, moments, products, quantized, rows,
-                     symmetric)
+from kernels import (adam, launch, lean, loss, matmul, momentum, moments, products, quantized,
+                     rows, symmetric)
 from kernels.attention import rotate, turned
 from kernels.count import Counter
 from kernels.loss import chunk_length, cross_entropy_, head_logits, head_loss
@@ -466,6 +466,72 @@ def test_a_token_that_is_not_finite_harms_no_other(bad):
         assert torch.equal(got[::2], expected[::2])
 
 
+@needs_triton
+@pytest.mark.parametrize("tokens,m,n", [(130, 70, 33), (32, 64, 40), (5, 7, 3)])
+def test_a_gradient_in_int8_is_the_reference_s(tokens, m, n, monkeypatch):
+    monkeypatch.setattr(products, "MANY", (64, 32, 32, 4))
+    monkeypatch.setattr(products, "ADDS", (32, 64, 32, 4))
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(tokens, m, generator=generator)
+    b = torch.randn(n, tokens, generator=generator).T  # as a slice of columns may lie
+    a[:, 1] = 0
+    expected = matmul.gradient_int8(a, b)
+    assert (expected - a.T @ b).norm() < 0.02 * (a.T @ b).norm()
+    rounded = []
+    for x in (a, b):
+        code, s = matmul.round_columns(x)
+        rounded += run_columns(x)
+        assert torch.equal(rounded[-2][:, :tokens].cpu(), code)
+        assert not rounded[-2][:, tokens:].any()
+        torch.testing.assert_close(rounded[-1].cpu(), s, rtol=0, atol=0)
+    torch.testing.assert_close(products.column_product(*rounded).cpu(), expected)
+    for dtype in (torch.float32, HALF):
+        total = torch.randn(m, n, generator=generator).to(dtype)
+        got = total.to(DEVICE, copy=True)
+        products.column_product(*rounded, got)
+        matmul.gradient_int8(a, b, total)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(got.cpu(), total, rtol=tolerance, atol=tolerance)
+
+
+def run_columns(x):
+    return list(products.round_columns(x.to(DEVICE)))
+
+
+@needs_triton
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_a_column_that_is_not_finite_is_nowhere_finite(bad, monkeypatch):
+    monkeypatch.setattr(products, "MANY", (64, 32, 32, 4))
+    a, b = torch.ones(2, 40, 6)
+    a[7, 2] = bad
+    for g in (matmul.gradient_int8(a, b),
+              products.column_product(*run_columns(a), *run_columns(b)).cpu()):
+        assert not g[2].isfinite().any()
+        torch.testing.assert_close(g[3:], torch.full((3, 6), 40.0))
+
+
+# -----------------------------------------------------------------------------
+# the momentum in 4 bits
+
+
+@needs_triton
+@pytest.mark.parametrize("rows,cols", [(70, 256), (3, 300), (40, 65), (1, 7)])
+def test_the_momentum_s_kernel_makes_the_same_bits(rows, cols):
+    generator = torch.Generator().manual_seed(0)
+    there, here = (momentum.Momentum((rows, cols), "factored") for _ in range(2))
+    there.m, there.size = there.m.to(DEVICE), there.size.to(DEVICE)
+    for dtype in (torch.float32, HALF, torch.float32):
+        g = torch.randn(rows, cols, generator=generator).to(dtype)
+        g[0] = 0
+        got = g.to(DEVICE, copy=True)
+        momentum._launch_step(there.m, there.size, got, 0.9, 0.4)
+        here.step_(g, 0.9, 0.4)
+        rtol = 0 if dtype == torch.float32 else 2**-10
+        torch.testing.assert_close(got.cpu(), g, rtol=rtol, atol=rtol)
+        assert torch.equal(there.m.cpu(), here.m) and torch.equal(there.size.cpu(), here.size)
+
+
 # -----------------------------------------------------------------------------
 # from the function to its kernel
 
@@ -552,7 +618,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 import quant
-from kernels import adam, products, quantized, rows, symmetric
+from kernels import adam, momentum, products, quantized, rows, symmetric
 from kernels.moments import Record
 
 # launches are noted, not made
@@ -585,6 +651,13 @@ for tokens, dtype in ((512, torch.bfloat16), (512, torch.float32), (16, torch.bf
     products.scaled_product(code, q, *of_tokens, scale, zero, dtype)
     products.scaled_product(code, products.transposed(q), *of_tokens, dtype=dtype)
 products.round_rows(wide.bfloat16(), wide[0, :, None], wide[0, :, None])
+for dtype in (torch.bfloat16, torch.float32):
+    x = torch.zeros(4096, 512, dtype=dtype)
+    codes = products.round_columns(x)
+    products.column_product(*codes, *codes, dtype=dtype)
+    products.column_product(*codes, *codes, torch.zeros(512, 512, dtype=dtype))
+    of_4_bits = momentum.Momentum((64, 512), "4bit")
+    momentum._launch_step(of_4_bits.m, of_4_bits.size, w.to(dtype), 0.9, 0.4)
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
@@ -648,7 +721,8 @@ def test_every_kernel_compiles_for_its_targets_without_spills(tmp_path):
     assert compiled >= {"_add_kernel", "_adam_int8_kernel", "_second_moment_kernel",
                         "_dequantize_kernel", "_matmul_kernel", "_symmetric_kernel",
                         "_round_kernel", "_transpose_kernel", "_cross_entropy_kernel",
-                        "_rms_norm_kernel", "_rms_norm_backward_kernel", "_turn_kernel"}
+                        "_rms_norm_kernel", "_rms_norm_backward_kernel", "_turn_kernel",
+                        "_round_columns_kernel", "_step_kernel"}
     for line in lines:
         kernel, capability, spilled, shared = line
         assert spilled == 0, line

@@ -79,6 +79,7 @@ def test_the_memory_plan_is_what_a_real_step_takes(flags):
     ("--proj_svd=True --gradient_accumulation_steps=2 --rank=16", 6, None),
     ("--proj_gap=1 --rank=16", 6, Gpu(expandable=False, kernels=False)),
     ("--method=loqt --weight_bits=8 --rank=16", 6, None),
+    ("--by_block=True --gradient_accumulation_steps=4 --rank=16", 6, Gpu()),
     ("--method=adamw", 12, Gpu()),  # so deep that its moments, counted twice, are above its gradients
 ])
 def test_a_deep_models_plan_repeats_a_shallow_ones(flags, blocks, gpu, monkeypatch):
