@@ -102,18 +102,18 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from kernels.launch import compile_fused
-from methods.registry import find
 from run.by_block import forward_backward
-from run.checkpoint import save_checkpoint, starting_model, whole_state
+from run.checkpoint import save_checkpoint, whole_state
 from run.data import make_data, open_windows, shares_of
-from run.device import choose_floats, choose_threads, flops_per_token
+from run.device import flops_per_token
 from run.finite import check_finite
 from run.folder import Folder
 from run.log import Clock, Log, begin, end
 from run.memory import fits
 from run.ranks import Ranks
-from run.resume import agree, checkpoint_to_resume, follow, restore, shards_of
-from run.show import Progress, first_rank, say
+from run.resume import restore, shards_of
+from run.settle import settle
+from run.show import Progress, say
 from run.stop import Stop
 
 
@@ -166,32 +166,6 @@ def start(s, folder, began):
     ranks.leave()
     if ranks.rank == 0:
         end(run, finished)
-
-
-# -----------------------------------------------------------------------------
-# before the first step
-
-
-def settle(s, folder):
-    """Let a checkpoint, a starting model and the method say what is theirs of the settings: returns
-    (Method, the run's checkpoint or None, what fills the model or None, dtypes of weights and of
-    computation)."""
-    if not s.eval_only and not s.dry_run and first_rank():
-        folder.hold()
-    checkpoint = checkpoint_to_resume(s)
-    if checkpoint is not None:
-        follow(s, checkpoint)
-    method = find(s.method)
-    fill = starting_model(s, checkpoint)
-    method.settle(s)
-    method.check_model(s)
-    dtypes = choose_floats(s)
-    if s.device == "cpu" and not s.dry_run:
-        say(choose_threads(s, s.batch_size * s.block_size, s.threads))
-        s.threads = torch.get_num_threads()
-    if checkpoint is not None:
-        agree(s, checkpoint)
-    return method, checkpoint, fill, *dtypes
 
 
 # -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from kernels.count import Counter
 from methods.registry import find
 from qgalore import QGaLore
 from quant import bitsandbytes
+from run.by_block import kept_bytes
 from run.cards import card_here, card_named
 from run.device import GIB
 
@@ -33,6 +34,7 @@ SHOWN = ("RTX 3060", "RTX 4060 Ti", "RTX 4090", "H100")  # of the cards, where n
 # Fitted to steps on an H100 (docs/roofline.md). INT8 has not been measured there.
 EFFICIENCY = {"bf16": 0.68, "int8": 0.55, "float32": 0.7}  # of a unit's rate
 BANDWIDTH = 0.65  # of the memory's
+BUS = 0.8  # of the bus's; not measured
 FLOOR = 2.5e-6  # seconds: a kernel's least on the device
 HOST = 20e-6  # seconds in which Python and torch launch one
 
@@ -42,9 +44,11 @@ class Step:
 
     micro_batch: {Kernel: launches} of one whose gradients are summed up; empty if a step has one.
     last: of the one that moves the weights. Of both the phase "refresh" is of all weights at once.
+    copied: bytes that go to host memory in forward, and come back in backward.
     """
 
-    def __init__(self, s, micro_batch, last):
+    def __init__(self, s, micro_batch, last, copied=0):
+        self.copied = copied
         self.accumulation = s.gradient_accumulation_steps
         self.gap = s.proj_gap
         self.steps = s.max_iters
@@ -60,6 +64,8 @@ class Step:
         for phase in PHASES:
             total[phase] = (self.accumulation - 1) * micro_batch[phase] + last[phase]
         total["refresh"] /= self.gap
+        for phase in ("forward", "backward"):  # copies wait for kernels, and kernels for copies
+            total[phase] += self.copied / (card.bus * BUS)
         return total
 
     def tokens_per_second(self, card):
@@ -76,11 +82,12 @@ def step_on(card, s):
     if s.dtype == "float32" and "dtype" in s.given:
         dtype = torch.float32
     weight_dtype = torch.float32 if s.weight_bits == 32 else dtype
+    copied = kept_bytes(s, dtype) if s.by_block else 0
     if s.low_rank or s.n_layer <= FEW:  # blocks that are not alike, or few
-        return Step(s, *count(s, s.n_layer, weight_dtype, dtype))
+        return Step(s, *count(s, s.n_layer, weight_dtype, dtype), copied)
     few = count(s, FEW, weight_dtype, dtype)
     more = count(s, MORE, weight_dtype, dtype, refresh=False)
-    return Step(s, *[of_blocks(a, b, s.n_layer) for a, b in zip(few, more)])
+    return Step(s, *[of_blocks(a, b, s.n_layer) for a, b in zip(few, more)], copied)
 
 
 def launches(kernels, *phases):
@@ -158,8 +165,10 @@ def count(s, blocks, weight_dtype, dtype, refresh=True):
                 continue
             counter = Counter(compiles=s.compile)
             start(optimizer, counter, refresh)
-            with counter:
-                step(s, model, optimizer, autocast, counter, last)
+            for _ in range(1 if last else 2):  # the first makes the sums, others add to them
+                counter.launches = Multiset()
+                with counter:
+                    step(s, model, optimizer, autocast, counter, last)
             counted[last] = counter.launches
     return counted
 
