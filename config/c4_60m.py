@@ -10,4 +10,4 @@ encoding = "google-t5/t5-base"
 vocab_size = 32000
 block_size = 255  # rows of 256 tokens: the last one is a target alone
 eval_interval = 1000
-eval_iters = 1000  # more than there are: all of the validation, 10 million tokens
+eval_iters = 100_000  # more than there are: all of the validation, 10 million tokens

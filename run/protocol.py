@@ -10,6 +10,9 @@ prepare_c4.py --protocol=galore writes such rows, in the format of run/shards.py
 block_size=255. The published model also reads the 256th token, and leaves what it predicts unused.
 Attention needs no mask for the padding. It is causal, and the padding comes last.
 
+There batches' mean losses count alike, in a step and in validation; here all tokens do.
+docs/results.md says how its perplexities compare with ours ("The papers' own table").
+
 Source: torchrun_main.py and peft_pretraining/ of github.com/jiaweizzhao/GaLore, commit 2cc66f8.
 """
 
@@ -71,7 +74,9 @@ def tokenize_rows(encoding, block):
 
 def row_of(enc, text):
     """The row of a document, (ROW,) int64."""
-    ids = enc.encode_ordinary(text[:LONGEST])[: ROW - 1]  # a text that is cut has its </s>, too
+    # as in the published code, a special token that a text spells is that token
+    ids = enc.encode_with_special(text[:LONGEST])
+    ids = ids[: ROW - 1]  # a text that is cut has its </s>, too
     row = np.full(ROW, PAD)
     row[: len(ids)] = ids
     row[len(ids)] = END
