@@ -3,26 +3,28 @@ Turns C4, or any text, into shards of tokens that train.py reads:
     python prepare_c4.py --shards=4                                        # C4, 0.3 GB a file
     python prepare_c4.py --input='texts/*.jsonl.gz' --out_dir=data/mine    # files of your own
     python prepare_c4.py --input=docs --out_dir=data/docs                  # nothing to download
+    python prepare_c4.py --protocol=galore --shards=15 --out_dir=data/c4_galore    # papers' rows
 
 C4 comes from the Hugging Face hub. Files of your own are .json or .jsonl, one {"text": ...} a
 line or a list of them; .csv or .tsv with a column "text"; or .txt, one document each. All of
 these also with .gz or .zst (run/records.py). "docs" is this Python's own documentation.
 
 One file makes one shard (run/shards.py has the format): its documents end to end, an end-of-text
-token after each. Files stream through, so memory stays small. A shard takes its name when it is
+token after each; or, as GaLore's code has them, one document a row (run/protocol.py). Files stream through, so memory stays small. A shard takes its name when it is
 complete, and shards.json says of what it was made (run/manifest.py). Stop at any time: the same
 command goes on where it stopped, and makes again what has changed.
 """
 
 import sys
 
-from configurator import between, configure, from_below
+from configurator import between, configure, from_below, one_of
 
 # -----------------------------------------------------------------------------
 # text and tokens
 input = ""  # "": C4; a glob of local files, ** for all folders; "docs": this Python's documentation
 out_dir = "data/c4"  # *_train_*.bin and *_val_*.bin go here
 encoding = "gpt2"  # a tiktoken name; "bytes": 256 bytes and end-of-text; or a checkpoint's folder
+protocol: one_of("packed", "galore") = "packed"  # galore: a row of 256 T5 tokens a document
 # amounts
 shards: between(0, 1024) = 1  # C4: how many training files, about 360,000 documents each
 val_fraction: from_below(0, 1) = 0.05  # local files: the last part of each one is for validation
@@ -51,14 +53,15 @@ from run import manifest
 from run.docs import docs_corpus
 from run.encodings import fingerprint, get_encoding
 from run.files import replacing, sweep
-from run.jobs import (C4, check_others, files_of, finished, is_of_c4, jobs_of, names_of,
-                      paths_of, reason_to_make)
+from run.jobs import (check_others, fetch, files_of, finished, is_of_c4, is_of_rows, jobs_of,
+                      names_of, paths_of, reason_to_make)
 from run.machine import usable_cores
 from run.manifest import Manifest
 from run.pool import map_in_processes
-from run.records import (NOT_UTF8, NULS, Skipped, kind_of, open_source, record_blocks,
-                         records_in)
-from run.shards import HEADER_BYTES, shard_header, token_dtype
+from run.protocol import (GALORE, ROW, T5, check_protocol, cut_validation, tokenize_rows,
+                          write_flags)
+from run.records import NOT_UTF8, NULS, Skipped, kind_of, open_source, record_blocks, texts_in
+from run.shards import HEADER_BYTES, part_of, shard_header, token_dtype
 from run.show import Progress
 from run.text import first_line, valid
 
@@ -78,6 +81,8 @@ CUT = re.compile(
 
 
 def main(s):
+    if s.protocol == GALORE and "encoding" not in s.given:
+        s.encoding = T5
     try:
         prepare(**s.as_dict())
     except KeyboardInterrupt:
@@ -90,6 +95,7 @@ def prepare(
     input=input,
     out_dir=out_dir,
     encoding=encoding,
+    protocol=protocol,
     shards=shards,
     val_fraction=val_fraction,
     workers=workers,
@@ -99,6 +105,8 @@ def prepare(
         raise SystemExit("error: out_dir is empty: name a folder for the shards")
     out_dir = os.path.expanduser(out_dir)
     files = files_of(input, val_fraction)
+    if protocol == GALORE:
+        check_protocol(encoding, files)
     enc = get_encoding(encoding)
     total = collections.Counter()  # what convert returns, of all files
     try:
@@ -106,7 +114,7 @@ def prepare(
             # an earlier command may have made some of them
             sweep(out_dir)
             made = Manifest.read(out_dir)
-            wanted = jobs_of(files, made, encoding, shards, val_fraction)
+            wanted = jobs_of(files, made, encoding, shards, val_fraction, protocol)
             jobs = [job for job in wanted if not finished(job, made)]
             check_others(wanted, made)
             made.forget_missing()
@@ -183,47 +191,46 @@ def convert(job, enc, val_fraction, map_blocks, begin):
     map_blocks: map(), or one that works in several processes. begin: called when the shards are
     complete, before they take their names. Returns a Counter of "tokens", of "skipped" records and
     of "seconds"."""
-    file = job.file
+    files = [job.file]
     if is_of_c4(job):  # its turn has come
-        file = fetch(file)
+        files = [fetch(source["file"]) for source in job.facts["sources"]]
     with contextlib.ExitStack() as stack:
         f = stack.enter_context(replacing(job.shard))
         f.write(shard_header(0, enc.n_vocab))  # keeps the place: what it says is known at the end
-        made = write_tokens(f, job, file, enc, map_blocks)
+        made = collections.Counter()
+        for file in files:
+            made.update(write_tokens(f, job, file, enc, map_blocks))
         count = made["tokens"]
+        if is_of_c4(job) and is_of_rows(job) and part_of(job.shard) == "val":
+            count = cut_validation(f, enc)
         if job.val_shard:
-            moved = int(count * val_fraction)
+            unit = ROW if is_of_rows(job) else 1  # tokens that stay together
+            moved = int(count // unit * val_fraction) * unit
             if moved == 0:
                 raise SystemExit(
-                    f"error: {file}: {count} tokens are too few to split; set --val_fraction=0"
+                    f"error: {job.file}: {count} tokens are too few to split; set --val_fraction=0"
                 )
             count -= moved
             val = stack.enter_context(replacing(job.val_shard))
-            write_header(val, moved, enc)
+            val.write(shard_header(0, enc.n_vocab))
             move_tokens(f, val, count, enc)
-        write_header(f, count, enc)
+            complete(val, job.val_shard, moved, enc, job)
+        complete(f, job.shard, count, enc, job)
         begin()
     return made
 
 
-def fetch(name):
-    """The local path of one of C4's files, downloaded unless the hub's cache (HF_HOME) has it."""
-    if not sys.stderr.isatty():  # a pipe gets a line, and no bars
-        print(f"{C4}: {name}", flush=True)
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import hf_hub_download  # slow, and local files do without
+def complete(f, path, count, enc, job):
+    """Write the header of an open shard with `count` tokens, and of rows their flags.
 
-    try:
-        return hf_hub_download(C4, name, repo_type="dataset")
-    except Exception as e:  # its own, its HTTP client's, the file system's
-        raise SystemExit(
-            f"error: could not fetch {C4} {name} ({first_line(e)}); local text: --input=GLOB"
-        )
-
-
-def write_header(f, count, enc):
+    path: the name that it is to take."""
+    row = 0
+    if is_of_rows(job):
+        row = ROW
+        targets = write_flags(f, enc)
+        print(f"{path}: {count // ROW:,} rows, {targets:,} tokens in the loss")
     f.seek(0)
-    f.write(shard_header(count, enc.n_vocab, fingerprint=fingerprint(enc)))
+    f.write(shard_header(count, enc.n_vocab, row, fingerprint(enc)))
 
 
 def move_tokens(f, val, count, enc):
@@ -249,7 +256,7 @@ def write_tokens(f, job, file, enc, map_blocks):
             tokenize = tokenize_text
             blocks = text_blocks(stream, file, enc, made)
         else:
-            tokenize = tokenize_records
+            tokenize = tokenize_rows if is_of_rows(job) else tokenize_records
             blocks = record_blocks(stream, kind)
         tokenize = functools.partial(tokenize, job.facts["tokenizer"]["name"])
 
@@ -384,15 +391,10 @@ def tokenize_records(encoding, block):
     cuts = 0
     documents = 0
     skipped = Skipped()
-    for where, record in records_in(block):
-        if isinstance(record, ValueError):
-            skipped.add(str(record), where)
-        elif not isinstance(record.get("text"), str):
-            skipped.add('no string "text"', where)
-        else:
-            cuts += encode_long(enc, record["text"], pieces)
-            pieces.append([enc.eot_token])
-            documents += 1
+    for text in texts_in(block, skipped):
+        cuts += encode_long(enc, text, pieces)
+        pieces.append([enc.eot_token])
+        documents += 1
     return joined(pieces, enc), documents, skipped, cuts
 
 

@@ -5,12 +5,15 @@ What prepare_c4.py has to make: which shards of which files, and which of them a
 import collections
 import itertools
 import os
+import sys
 
 from run import manifest
 from run.docs import docs_source
 from run.encodings import get_encoding
+from run.protocol import FILES, GALORE, ROW
 from run.records import kind_of, matching, stem_of
 from run.shards import open_shard, part_of
+from run.text import first_line
 
 C4 = "allenai/c4"  # its name on the hub
 MAKER = "prepare_c4"  # what a manifest calls the script
@@ -36,17 +39,21 @@ def files_of(input, val_fraction):
     return files
 
 
-def jobs_of(files, made, encoding, shards, val_fraction):
+def jobs_of(files, made, encoding, shards, val_fraction, protocol=""):
     """The Jobs of local files, or where `files` is None of C4's first ones.
 
     made: the Manifest of the folder that they go to. Raises OSError if a file cannot be read."""
     how = {"encoding": encoding, "enc": get_encoding(encoding), "maker": MAKER}
+    val_files = 1
+    if protocol == GALORE:
+        how["protocol"] = protocol
+        val_files = FILES
     jobs = []
     if files is None:
-        for name, file in files_of_c4(shards).items():
-            source = {"path": f"{C4}/{file}", "hub": C4, "file": file}
-            facts = manifest.facts([source], **how)
-            jobs.append(Job(file, facts, os.path.join(made.folder, name), None))
+        for name, found in files_of_c4(shards, val_files).items():
+            sources = [{"path": f"{C4}/{file}", "hub": C4, "file": file} for file in found]
+            facts = manifest.facts(sources, **how)
+            jobs.append(Job(found[0], facts, os.path.join(made.folder, name), None))
         return jobs
 
     sources = [docs_source() if file == "docs" else manifest.source(file) for file in files]
@@ -60,12 +67,13 @@ def jobs_of(files, made, encoding, shards, val_fraction):
     return jobs
 
 
-def files_of_c4(shards):
-    """{shard: file on the hub}: C4's first for validation, `shards` of those for training."""
+def files_of_c4(shards, val_files):
+    """{shard: files on the hub}: C4's first, val_files for validation, `shards` for training."""
     # validation first: it is small, and no run starts without it
-    files = {"c4_val_00000.bin": "en/c4-validation.00000-of-00008.json.gz"}
+    validation = [f"en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(val_files)]
+    files = {"c4_val_00000.bin": validation}
     for i in range(shards):
-        files[f"c4_train_{i:05d}.bin"] = f"en/c4-train.{i:05d}-of-01024.json.gz"
+        files[f"c4_train_{i:05d}.bin"] = [f"en/c4-train.{i:05d}-of-01024.json.gz"]
     return files
 
 
@@ -170,8 +178,8 @@ def is_whole_shard(path, job):
             f"error: {path}: has n_vocab {found.n_vocab}, not {tokenizer['n_vocab']}; "
             "delete it or set another --out_dir"
         )
-    if found.row:
-        maker = "by finetune.prepare_sft"
+    if found.row != (ROW if is_of_rows(job) else 0):
+        maker = f"as rows of {found.row} tokens" if found.row else "as packed text"
     elif found.fingerprint != tokenizer["fingerprint"]:
         maker = "with another tokenizer"
     else:
@@ -193,6 +201,8 @@ def check_others(jobs, made):
             why = f"{manifest.NAME} does not say of what it was made"
         elif entry["settings"].get("maker") != MAKER:
             why = f"was made by {entry['settings'].get('maker')}"
+        elif entry["settings"].get("protocol") != jobs[0].facts["settings"].get("protocol"):
+            why = "was made by another protocol than this command's"
         elif manifest.other_tokenizer(entry, jobs[0].facts):
             why = f"was made with {manifest.other_tokenizer(entry, jobs[0].facts)}"
         elif not is_up_to_date(entry["sources"][0]) or not made.is_finished(name):
@@ -221,3 +231,23 @@ def is_up_to_date(source):
 
 def is_of_c4(job):
     return "hub" in job.facts["sources"][0]
+
+
+def is_of_rows(job):
+    """Whether its shards hold a document a row, as run/protocol.py has them."""
+    return job.facts["settings"].get("protocol") == GALORE
+
+
+def fetch(name):
+    """The local path of one of C4's files, downloaded unless the hub's cache (HF_HOME) has it."""
+    if not sys.stderr.isatty():  # a pipe gets a line, and no bars
+        print(f"{C4}: {name}", flush=True)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub import hf_hub_download  # slow, and local files do without
+
+    try:
+        return hf_hub_download(C4, name, repo_type="dataset")
+    except Exception as e:  # its own, its HTTP client's, the file system's
+        raise SystemExit(
+            f"error: could not fetch {C4} {name} ({first_line(e)}); local text: --input=GLOB"
+        )

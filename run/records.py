@@ -355,6 +355,17 @@ def records_in(block):
             yield f"line {first + i}", _record(line)
 
 
+def texts_in(block, skipped):
+    """Yield the "text" of each record of a block; `skipped`, a Skipped, gets what has none."""
+    for where, record in records_in(block):
+        if isinstance(record, ValueError):
+            skipped.add(str(record), where)
+        elif not isinstance(record.get("text"), str):
+            skipped.add('no string "text"', where)
+        else:
+            yield record["text"]
+
+
 def _record(line):
     """The object that a line of JSON is, or a ValueError."""
     try:

@@ -20,7 +20,8 @@ llm.c writes and reads the first three only, so shards of plain text go both way
 
 Plain text is documents end to end, an end-of-text token after each. A run cuts it where it likes.
 Rows come from finetune/prepare_sft.py. Each holds whole examples and then padding, and a flag's
-bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example starts with it.
+bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example starts with it. In rows
+of run/protocol.py the one example is a document.
 """
 
 import collections

@@ -17,7 +17,8 @@ from configurator import configure, declarations
 from methods.registry import METHODS, find
 from tests.common import HERE, one_line_error, run, script, settings
 
-FOR_ANY_METHOD = [f"{HERE}/config/demo_methods.py", f"{HERE}/config/llama_60m_methods.py"]
+NAMES = ("demo_methods", "llama_60m_methods", "c4_60m", "c4_130m")
+FOR_ANY_METHOD = [f"{HERE}/config/{name}.py" for name in NAMES]
 RECIPES = sorted(set(glob.glob(f"{HERE}/config/*.py")) - set(FOR_ANY_METHOD))
 
 SCRIPT = '''"""What this script does:

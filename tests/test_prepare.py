@@ -429,7 +429,7 @@ def test_a_shard_that_something_else_made_is_left_alone(tmp_path):
     path = str(tmp_path / "x_train_00000.bin")
     for shard, maker in (
         (dict(fingerprint=7), "with another tokenizer"),
-        (dict(flags=np.ones(12), row=4), r"by finetune\.prepare_sft"),
+        (dict(flags=np.ones(12), row=4), "as rows of 4 tokens"),
     ):
         write_shard(path, np.arange(12), 257, **shard)
         before = contents(path)
