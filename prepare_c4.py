@@ -10,9 +10,10 @@ line or a list of them; .csv or .tsv with a column "text"; or .txt, one document
 these also with .gz or .zst (run/records.py). "docs" is this Python's own documentation.
 
 One file makes one shard (run/shards.py has the format): its documents end to end, an end-of-text
-token after each; or, as GaLore's code has them, one document a row (run/protocol.py). Files stream through, so memory stays small. A shard takes its name when it is
-complete, and shards.json says of what it was made (run/manifest.py). Stop at any time: the same
-command goes on where it stopped, and makes again what has changed.
+token after each; or, as GaLore's code has them, one document a row (run/protocol.py). Files stream
+through, so memory stays small. A shard takes its name when it is complete, and shards.json says of
+what it was made (run/manifest.py). Stop at any time: the same command goes on where it stopped, and
+makes again what has changed.
 """
 
 import sys

@@ -51,7 +51,7 @@ rope_theta: between(1, 1e15) = 10000.0
 tie_embedding = False
 checkpoint_activations = False  # recompute each block in backward; keep only its input
 checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in INT8
-by_block = False  # micro-batches pass one block after another, see run/by_block.py
+by_block = False  # micro-batches pass one block after another, whose inputs wait in host memory
 compile = False  # torch.compile what lies between the matrices and has no kernel of its own: SwiGLU
 # method
 method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
@@ -72,7 +72,8 @@ lora_alpha: between(1, 1e6) = 32.0  # adapters are scaled by alpha / rank
 matmul: one_of("float", "int8") = "float"  # int8: x, dy in 8 bits; weight_group_size 0 alone
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
-accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients
+accumulation: one_of("auto", "int8", "bfloat16", "float32") = "auto"  # sums of micro-batches'
+# gradients; auto: INT8, by_block bfloat16
 # optimizer
 learning_rate: between(0, 100) = 0.01
 max_iters: at_least(0) = 10000  # steps

@@ -192,7 +192,8 @@ if triton is not None:
     def _matmul_kernel(
         code_ptr, q_ptr, s_ptr, total_ptr, scale_ptr, zero_ptr, y_ptr, tokens, rows,
         COLS: tl.constexpr, SCALED: tl.constexpr, TOTALS: tl.constexpr, ADDS: tl.constexpr,
-        SHARED_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        SHARED_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
     ):
         # programs go down SHARED_ROWS blocks of tokens, then on to the next block of q's rows
         blocks_m = tl.cdiv(tokens, BLOCK_M)

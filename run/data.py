@@ -3,8 +3,8 @@ What a run reads: batches of windows of block_size + 1 tokens, out of shards.
 
 In plain text (prepare_c4.py, llm.c) a window starts at each multiple of block_size and shares its
 last token with the next one: there it is a target, here an input. What is left at a shard's end
-is not read. In rows of examples (finetune/prepare_sft.py) or of documents (run/protocol.py) a window
-is a row, and only some of its tokens count in the loss.
+is not read. In rows of examples (finetune/prepare_sft.py) or of documents (run/protocol.py) a
+window is a row, and only some of its tokens count in the loss.
 
 Shards are memory-mapped, so that a data set may be larger than memory.
 """
