@@ -252,7 +252,7 @@ def test_llama_7b_is_planned_for_the_card_that_it_names(flags, most):
     assert s.gradient_accumulation_steps == (1 if one else 32)
     plan = memory_plan(s, torch.bfloat16, torch.bfloat16, gpu=Gpu())
     assert sum(plan.values()) / GIB <= most, plan
-    assert (SUMS in plan) == (not one and not s.by_block)  # by block they go before the step ends
+    assert (SUMS in plan) == (not one and not s.by_block)  # by block they are among gradients
 
 
 def test_the_papers_recipe_is_the_paper_to_the_letter():
