@@ -60,6 +60,7 @@ def forward_backward(model, batches, shares, optimizer, autocast, keep=Kept):
     bits = model.config.checkpoint_bits
     hidden = []  # of each micro-batch: what the next block reads, or its gradient
     beside = []
+    # forward
     with torch.no_grad(), autocast:
         for idx, _, documents in batches:
             x, args = model.begin(idx, documents=documents)
@@ -84,6 +85,7 @@ def forward_backward(model, batches, shares, optimizer, autocast, keep=Kept):
         total = total + loss.detach()
         hidden[i] = x.grad
 
+    # the blocks, the last one first
     for number, block in reversed(list(enumerate(model.blocks))):
         inputs = kept.pop()
         for i in order:
@@ -92,6 +94,7 @@ def forward_backward(model, batches, shares, optimizer, autocast, keep=Kept):
             inputs[i] = None
             hidden[i] = block_backward(block, x, hidden[i], beside[i][number], autocast)
 
+    # the embedding
     for i in order:
         optimizer.accumulating = i < order[-1]
         with autocast:

@@ -257,13 +257,18 @@ def fits(s, ranks, weight_dtype, dtype):
             print("note: this is the least that such sizes take; more was not counted")
     else:
         refuse_what_does_not_fit(plan, room, s.device)
-        free = free_memory()
-        if host and free is not None and host > free:
-            raise SystemExit(
-                f"error: by_block leaves {host / GIB:.2f} GiB of blocks' inputs in host memory, "
-                f"which has {free / GIB:.2f} free: lower gradient_accumulation_steps, or set "
-                "checkpoint_bits=8"
-            )
+        refuse_what_the_host_has_no_room_for(host)
+
+
+def refuse_what_the_host_has_no_room_for(size):
+    """Leave with one line if host memory has no room for so many bytes of blocks' inputs."""
+    free = free_memory()
+    if size and free is not None and size > free:
+        raise SystemExit(
+            f"error: by_block leaves {size / GIB:.2f} GiB of blocks' inputs in host memory, which "
+            f"has {free / GIB:.2f} free: lower gradient_accumulation_steps, or set "
+            "checkpoint_bits=8"
+        )
 
 
 def room_here(s):

@@ -8,11 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from model import LLaMA, QEmbedding
 from methods.registry import find
-from run.by_block import forward_backward
-from run.memory import memory_plan
-from tests.common import read_log, settings, tiny, tokens, trains, Job, write_shards
+from model import LLaMA, QEmbedding
+from run import memory
+from run.by_block import Kept, forward_backward, kept_bytes
+from run.cards import card_named
+from run.roofline import step_on
+from tests.common import refused, settings, tiny, tokens
 
 SHARES = [0.5, 0.25, 0.25]
 
@@ -95,3 +97,39 @@ def test_a_tied_embedding_in_backward_takes_one_step_by_block():
         forward_backward(model, batches(step), SHARES, optimizer, nullcontext())
         optimizer.step()
     assert {t.moments.age for t in optimizer.parameters} == {3}
+
+
+# -----------------------------------------------------------------------------
+# what waits in host memory
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_input_waits_in_the_bytes_that_are_planned(bits):
+    x = torch.randn(2, 32, 512).bfloat16()
+    kept = Kept(x, bits)
+    s = settings("--batch_size=2", "--block_size=32", "--n_embd=512", "--n_layer=1",
+                 f"--checkpoint_bits={bits}")
+    assert sum(t.nbytes for t in kept.codes) == kept_bytes(s, torch.bfloat16)
+    error = (kept.value() - x).float().norm() / x.float().norm()
+    assert error == 0 if bits == 16 else 0 < error < 0.01
+
+
+def test_a_host_without_room_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 10 * 2**30)
+    memory.refuse_what_the_host_has_no_room_for(0)
+    memory.refuse_what_the_host_has_no_room_for(10 * 2**30)
+    line = refused(memory.refuse_what_the_host_has_no_room_for, 11 * 2**30)
+    assert "11.00 GiB" in line and "10.00 free" in line and "checkpoint_bits=8" in line
+
+
+def test_copies_to_the_host_and_back_take_time():
+    flags = "--n_layer=2 --batch_size=16 --gradient_accumulation_steps=2 --dtype=bfloat16".split()
+    card = card_named("RTX 4060 Ti")
+    usual, by_block = (
+        step_on(card, settings(*flags, f"--by_block={on}", "--accumulation=bfloat16"))
+        for on in (False, True)
+    )
+    copies = 2 * 16 * 2 * 256 * 512 * 2 / (0.8 * 16e9)  # layers, sequences, tokens, width, bytes
+    for phase in ("forward", "backward"):
+        more = by_block.seconds(card)[phase] - usual.seconds(card)[phase]
+        assert more == pytest.approx(copies)

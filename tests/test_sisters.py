@@ -212,9 +212,9 @@ def test_momentum_is_the_mean_of_gradients_in_its_bytes(kind, cols):
         expected = m + 0.4 * g
         momentum.step_(g, 0.9, 0.4)
         error = (g - expected).norm() / m.norm()
-        assert error < (0.2 if kind == "factored" else 1e-6)
+        assert error < (0.25 if kind == "factored" else 1e-6)
         error = (momentum.value()[:, :cols] - m).norm() / m.norm()
-        assert error < (0.2 if kind == "factored" else 1e-6)
+        assert error < (0.25 if kind == "factored" else 1e-6)
     taken = sum(t.nbytes for t in vars(momentum).values() if torch.is_tensor(t))
     groups = 40 * -(-cols // 128)
     codes = 40 * -(-cols // 2)
