@@ -35,6 +35,8 @@ def main(s):
     s.low_rank = ""
     sequences = s.batch_size * s.gradient_accumulation_steps
     title = f"{sequences} sequences of {s.block_size} tokens a step"
+    if s.by_block:
+        title += ", by block"
     named = [(name, settled(s, name)) for name in s.methods.split(",")]  # a mistype is said first
     plans = {}
     try:

@@ -7,4 +7,4 @@ n_head = 40
 n_embd = 5120
 ffn_dim = 13824
 if_read(rank=1280)
-gradient_accumulation_steps = 1  # 512 sequences a step, like 7B's, take 4 GiB more
+gradient_accumulation_steps = 1  # 512, like 7B's, take 4 GiB more, by_block 0.9
