@@ -244,7 +244,10 @@ def fits(s, ranks, weight_dtype, dtype):
         if sum(plan.values()) <= most:
             plan = plan_of_rank(s, ranks, weight_dtype, dtype)
             room = room_here(s)  # on a CPU, less what planning has loaded
-        host = kept_bytes(s, dtype) if s.by_block and s.device != "cpu" else 0
+        host = 0  # of this machine's ranks
+        if s.by_block and s.device != "cpu":
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+            host = kept_bytes(s, dtype) * here // ranks.size
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     if s.dry_run:
