@@ -103,6 +103,7 @@ JOBS = [
     benchmark("7b-peers", 150, f"{SEVEN} {ALL} --contenders=qgalore,qmuon,adam8bit,galore,q_galore"),
     benchmark("60m-peers", 60, f"config/llama_60m.py {ALL} --contenders=qgalore,qmuon,adamw,galore"),
     training("7b-512-16gib", 120, 16, "--max_iters=2"),
+    training("7b-512-qmuon", 120, 14, "--method=qmuon --by_block=True --max_iters=2"),
     benchmark("7b-float", 45, f"{SEVEN} {OURS} --matmul=float"),
     Job("7b-refresh", 60, "bench", f"{SEVEN} --refresh_study=True", rows_of_refresh),
     Job("7b-profile", 45, "bench.profile", SEVEN, rows_of_profile),
