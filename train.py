@@ -72,8 +72,8 @@ lora_alpha: between(1, 1e6) = 32.0  # adapters are scaled by alpha / rank
 matmul: one_of("float", "int8") = "float"  # int8: x, dy in 8 bits; weight_group_size 0 alone
 stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
-accumulation: one_of("auto", "int8", "bfloat16", "float32") = "auto"  # sums of micro-batches'
-# gradients; auto: INT8, by_block bfloat16
+accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients;
+# by_block, where one block's exist at a time, bfloat16 unless it is set
 # optimizer
 learning_rate: between(0, 100) = 0.01
 max_iters: at_least(0) = 10000  # steps

@@ -224,15 +224,12 @@ if triton is not None:
         # to float32, with the token's unit and the row's scale
         token = token[:, None]
         row = row[None, :]
-        inside = (token < tokens) & (row < rows)
         y = dot.to(tl.float32) * tl.load(s_ptr + token, token < tokens, other=0.0)
+        total = tl.load(total_ptr + token, TOTALS & (token < tokens), other=0.0)
         if SCALED:
             y *= tl.load(scale_ptr + row, row < rows, other=0.0)
-        if TOTALS:
-            total = tl.load(total_ptr + token, token < tokens, other=0.0)
-            if SCALED:
-                total = total * tl.load(zero_ptr + row, row < rows, other=0.0)
-            y += total
+            total = total * tl.load(zero_ptr + row, TOTALS & (row < rows), other=0.0)
+        y_ptr += token * rows + row
         if ADDS:
-            y += tl.load(y_ptr + token * rows + row, inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + token * rows + row, y, inside)
+            total = tl.load(y_ptr, (token < tokens) & (row < rows), other=0.0).to(tl.float32)
+        tl.store(y_ptr, y + total, (token < tokens) & (row < rows))

@@ -75,8 +75,8 @@ class Method:
         if s.weight_bits not in self.weight_bits:
             known = " or ".join(map(str, self.weight_bits))
             raise SystemExit(f"error: weight_bits={s.weight_bits}: {self.name} has {known}")
-        if s.accumulation == "auto":  # by_block one block's sums exist at a time
-            s.accumulation = "bfloat16" if s.by_block else "int8"
+        if s.by_block and "accumulation" not in s.given:  # one block's sums exist at a time
+            s.accumulation = "bfloat16"
         by_row = s.weight_bits == 8 and s.weight_group_size == 0  # a recipe's int8 is for such
         if s.matmul == "int8" and not by_row and "matmul" not in s.given:
             s.matmul = "float"

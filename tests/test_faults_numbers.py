@@ -251,8 +251,8 @@ def test_muons_and_firas_rules_are_float64s_at_any_norm(norm):
         assert off(limit_growth_(state, g.clone()), grown) < 3e-6
         assert off(frobenius(g), exact.norm()) < 3e-6
         m = 0.9 * m + 0.1 * exact
-        momentum.step_(g, (0.9, 0.999), 0, key=1)
-        assert off(g, m) < 0.04
+        momentum.step_(g, 0.9, 0.0)
+        assert off(g, m) < 0.2  # what 4 bits keep
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -324,7 +324,8 @@ NOT_DEFAULT = {
 # and all other settings, in a few runs that together take every choice
 OTHER_RUNS = [
     "--method=qgalore --weight_bits=8 --proj_bits=4 --proj_side=auto --moments=8bit"
-    " --accumulation=int8 --device=auto --checkpoint_activations=True --checkpoint_bits=8"
+    " --accumulation=int8 --by_block=True --device=auto --checkpoint_activations=True"
+    " --checkpoint_bits=8"
     " --freeze_embedding=True --embed_bits=8 --weight_group_size=32 --max_minutes=9 --rank=8"
     " --tie_embedding=True --sample_tokens=3 --keep_checkpoints=3 --seed=5 --log_interval=2",
     "--method=qgalore --weight_bits=16 --proj_bits=8 --proj_side=left --moments=float32 --rank=8"
