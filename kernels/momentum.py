@@ -48,15 +48,9 @@ class Momentum:
         else:
             step_int4_(self.m, self.size, g, beta, own)
 
-    def value(self):
-        """M, float32."""
-        if self.kind == "float32":
-            return self.m
-        cols = 2 * self.m.shape[1]
-        return _decode(self.m, self.size, cols)
-
 
 def _decode(m, size, cols):
+    """The momentum (rows, cols) that these codes are of, float32."""
     codes = torch.stack([m & 15, m >> 4], dim=-1).flatten(1)[:, :cols].short() - 8
     levels = torch.tensor(LEVELS, device=m.device)
     value = levels[codes.abs().long()] * codes.sign()
@@ -78,7 +72,6 @@ def _launch_step(m, size, g, beta, own):
 def step_int4_(m, size, g, beta, own):
     """A step of a momentum in 4 bits; see Momentum.step_."""
     cols = g.shape[1]
-    bounds = torch.tensor(BOUNDS, device=g.device)[:, None, None, None]
     rows = max(1, CHUNK // cols)
     for start in chunks(g, len(g), rows):
         at = slice(start, start + rows)
@@ -89,7 +82,7 @@ def step_int4_(m, size, g, beta, own):
         groups = F.pad(new, (0, -cols % GROUP)).view(len(new), -1, GROUP)
         largest = groups.abs().amax(dim=-1, keepdim=True)
         size[at] = largest[:, :, 0]
-        level = sum(groups.abs() >= bound * largest for bound in bounds.flatten())
+        level = sum(groups.abs() >= bound * largest for bound in BOUNDS)
         code = (8 + groups.sign() * level).flatten(1)[:, : 2 * m.shape[1]].byte()
         m[at] = code[:, 0::2] | code[:, 1::2] << 4
 
