@@ -25,7 +25,7 @@ from configurator import at_least, configure
 
 # measuring
 out_dir = "out-bench"  # bench.json, bench.png
-contenders = "all"  # or some: qgalore,qmuon,qfira,adam8bit,adamw,galore,q_galore,apollo,torchao
+contenders = "all"  # or some: qgalore,qmuon,adam8bit,adamw,galore,q_galore,apollo,torchao
 steps: at_least(1) = 10  # timed, the device not waited for
 warmup: at_least(1) = 3  # steps before them, not timed: the first takes every layer's first basis
 phase_steps: at_least(1) = 3  # steps after them, that wait for the device at the ends of each phase

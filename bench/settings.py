@@ -16,7 +16,7 @@ PEERS = {  # the published optimizers: {contender: the module that it needs}
     "torchao": "torchao.optim",
 }
 # ours, each a method of train.py's; full rank to compare with; the published optimizers
-CONTENDERS = ["qgalore", "qmuon", "qfira", "adam8bit", "adamw", *PEERS]
+CONTENDERS = ["qgalore", "qmuon", "adam8bit", "adamw", *PEERS]
 
 
 def train_settings():

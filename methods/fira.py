@@ -10,7 +10,7 @@ from qgalore import ProjectedWeight
 
 GROWTH = 1.01  # the largest ratio of a step's norm to the last one's
 
-@register("qfira", "Q-GaLore, and Fira's residual")
+
 @register(
     "fira",
     "GaLore, and the residual of the gradient, scaled as Adam scales its neighbour",

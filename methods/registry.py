@@ -1,7 +1,7 @@
 """
 What a method is: the settings that it reads and fixes, and how it makes a model and an optimizer.
 
-    @register("qfira", "Q-GaLore, and Fira's residual")
+    @register("fira", "GaLore, and the residual of the gradient", fixes=FLOATS)
     class Fira(ProjectedWeight): ...
 
 registers a method that moves each projected weight as that class does. Methods that train something

@@ -48,9 +48,9 @@ CASES = {
     "qmuon clip, 3 micro-batches": f"--method=qmuon {Q} --gradient_accumulation_steps=3 --grad_clip=0.5",
     "qmuon 2 ranks": f"--method=qmuon {Q} --gradient_accumulation_steps=4",
     "muon": f"--method=muon {Q}",
-    "qfira": f"--method=qfira {Q}",
-    "qfira 3 micro-batches": f"--method=qfira {Q} --gradient_accumulation_steps=3",
     "fira": f"--method=fira {Q}",
+    "fira INT8 weights, 3 micro-batches": f"--method=fira {Q} --weight_bits=8"
+    " --gradient_accumulation_steps=3",
     "galore": f"--method=galore {Q}",
     "galore 3 micro-batches, clip": f"--method=galore {Q} --gradient_accumulation_steps=3 --grad_clip=0.5",
     "galore INT8 weights": f"--method=galore {Q} --weight_bits=8",

@@ -30,9 +30,9 @@ def test_two_ranks_learn_as_one_does_and_a_resume_may_have_more(tmp_path):
     write_shard(f"{tmp_path}/text_train_00000.bin", text[:-9000], 257)
     write_shard(f"{tmp_path}/text_val_00000.bin", text[-9000:], 257)
     args = [f"--data_dir={tmp_path}", *TINY_RUN]
-    args += ["--method=qfira", "--grad_clip=0.5", "--by_block=True"]
+    args += ["--method=fira", "--proj_gap=30", "--grad_clip=0.5", "--by_block=True"]
     args += ["--gradient_accumulation_steps=4", "--accumulation=float32"]
-    args += ["--weight_bits=16", "--proj_bits=16", "--moments=float32"]
+    args += ["--weight_bits=16"]
     args += ["--learning_rate=0.001", "--decay_lr=False", "--eval_interval=12"]
     losses = []
     for size in (1, 2):

@@ -620,7 +620,7 @@ def test_loqt_of_13b_fits_a_24_gb_card():
     ("--method=loqt --proj_side=left", ["--proj_side=left", "loqt"]),
     ("--method=relora --weight_bits=4", ["weight_bits=4", "16 or 8"]),
     ("--method=apollo_mini --rank=4", ["--rank=4", "apollo_mini", "rank = 1"]),
-    ("--method=fira --moments=8bit", ["--moments=8bit", "fira", "float32", "qfira"]),
+    ("--method=fira --moments=8bit", ["--moments=8bit", "fira", "float32", "qmuon"]),
     ("--method=adamw --galore_scale=2", ["galore_scale", "does not read", "qmuon"]),
     ("--method=lora --embed_bits=8", ["embed_bits=8", "freeze_embedding"]),
     ("--method=relora --embed_bits=8", ["embed_bits=8", "freeze_embedding"]),
