@@ -54,7 +54,7 @@ checkpoint_bits: one_of(8, 16) = 16  # of those inputs: 16, as they are; 8, in I
 by_block = False  # micro-batches pass one block after another, whose inputs wait in host memory
 compile = False  # torch.compile what lies between the matrices and has no kernel of its own: SwiGLU
 # method
-method = "qgalore"  # or "adamw", "galore", "lora" ...: see docs/methods.md
+method = "qmuon"  # or "qgalore", "adamw", "lora" ...: see docs/methods.md
 rank: between(1, 2**20) = 128  # of the projections, or of LoRA's adapters
 proj_gap: between(1, 2**31) = 200  # steps between refreshes of a layer, at first; relora's restarts
 gap_growth: between(0, 10) = 0.0  # the gap before refresh i is longer by gap_growth^i (loqt: 1.2)

@@ -9,6 +9,7 @@ contenders.py  measures one contender, in a process of its own
 peers.py       the published optimizers, each put on the model as its authors do
 memory.py      draws the memory plans of several methods (python -m bench.memory)
 refresh.py     the range finder of a refresh against exact SVD (--refresh_study=True)
+contest.py     train.py by several methods, rates and seeds, for a table of losses
 report.py      all of it in a few minutes, for docs/measured (python -m bench.report)
 capped.py      train.py in a smaller card's memory
 profile.py     the kernels of a step

@@ -13,6 +13,7 @@ ffn_dim = 528
 block_size = 128
 batch_size = 8
 
+method = "qgalore"
 if_read(rank=48, proj_gap=50, galore_scale=1.0)
 learning_rate = 0.002
 max_iters = 1000

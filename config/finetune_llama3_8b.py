@@ -20,6 +20,7 @@ compile = True
 
 freeze_embedding = True
 embed_bits = 8
+method = "qgalore"
 if_read(rank=64, proj_gap=100)
 learning_rate = 0.0003
 max_iters = 2000

@@ -11,6 +11,7 @@ block_size = 256
 batch_size = 1  # a row holds eight or nine reviews
 
 freeze_embedding = True
+method = "qgalore"
 if_read(rank=64, proj_gap=50)
 learning_rate = 0.003
 max_iters = 150

@@ -8,6 +8,7 @@ ffn_dim = 2048
 batch_size = 32
 gradient_accumulation_steps = 16  # 512 sequences a step
 compile = True
+method = "qgalore"
 if_read(rank=256, proj_gap=200)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.015

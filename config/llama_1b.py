@@ -10,6 +10,7 @@ batch_size = 16
 gradient_accumulation_steps = 32  # 512 sequences a step
 checkpoint_activations = True
 compile = True
+method = "qgalore"
 if_read(rank=512, proj_gap=200)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.01

@@ -8,6 +8,7 @@ ffn_dim = 2736
 batch_size = 64  # for a card of 16 GB; with 16 it fits 8 GB
 gradient_accumulation_steps = 8  # 512 sequences a step; with batch_size 16: 32
 compile = True
+method = "qgalore"
 if_read(rank=256, proj_gap=200)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.01

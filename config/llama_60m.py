@@ -9,6 +9,7 @@ ffn_dim = 1376
 batch_size = 128
 gradient_accumulation_steps = 4  # 512 sequences a step
 compile = True
+method = "qgalore"
 if_read(rank=128, proj_gap=200)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.015

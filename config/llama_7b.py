@@ -13,6 +13,7 @@ gradient_accumulation_steps = 32  # 512 sequences a step
 checkpoint_activations = True
 checkpoint_bits = 8
 compile = True
+method = "qgalore"
 if_read(rank=1024, proj_gap=500)
 if_read(weight_group_size=0, matmul="int8")  # products on INT8 tensor cores
 learning_rate = 0.004

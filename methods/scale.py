@@ -5,7 +5,7 @@ SCALE (arXiv 2506.16659): the gradient, its columns normalised, and no state of 
 import torch
 
 from methods.registry import register
-from methods.whole_gradient import NO_BASIS, READS, WholeGradient
+from methods.whole_gradient import READS, WholeGradient
 
 LIKE_ADAM = 0.2  # root of the mean square of a step
 
@@ -18,7 +18,6 @@ class NoMoments:
     "qscale",
     "SCALE on INT8 weights: columns of the gradient, normalised; no state, and no subspace",
     reads=READS,
-    fixes=NO_BASIS,
 )
 class Scale(WholeGradient):
     """W moves by G / |column of G|, each column's norm taken along W's outputs.

@@ -9,7 +9,6 @@ from kernels.subspace import frobenius
 from qgalore import ProjectedWeight
 
 READS = ("galore_scale", "accumulation", "stochastic_rounding", "matmul")
-NO_BASIS = {"rank": 1, "proj_bits": 16, "proj_threshold": 2.0}
 
 
 class WholeGradient(ProjectedWeight):

@@ -166,7 +166,7 @@ def begin(run):
             weights += layer.in_features * layer.out_features
     print(f"{s.method} on {s.device}: {weights:,} weights, {run.clock.tokens_per_step:,} tokens a "
           f"step, {run.train_data.total:,} windows of {s.block_size} tokens to train on")
-    projected = getattr(run.optimizer, "weights", ())
+    projected = getattr(run.optimizer, "weights", ()) if "rank" in run.method.reads else ()
     clamped = [weight.name for weight in projected if weight.projection.rank < s.rank]
     if clamped:
         print(f"note: rank {s.rank} is larger than the smaller side of {len(clamped)} matrices, "

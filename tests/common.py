@@ -52,7 +52,7 @@ TINY_MODEL = (  # for any method
     " --block_size=32 --batch_size=4 --device=cpu --dtype=float32 --eval_iters=2 --log_interval=1"
     " --warmup_iters=2"
 ).split()
-TINY_RUN = [*TINY_MODEL, "--rank=16", "--proj_gap=3"]  # for methods that project
+TINY_RUN = [*TINY_MODEL, "--method=qgalore", "--rank=16", "--proj_gap=3"]
 
 
 def write_shards(folder, n=20_000, n_vocab=257):

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from bench import report
 from bench.refresh import study
-from tests.common import HERE, settings
+from tests.common import HERE, TINY_MODEL, read_log, settings
 
 TINY_BENCH = (
     "--n_layer=1 --n_embd=64 --n_head=2 --ffn_dim=128 --vocab_size=128 --batch_size=2"
@@ -61,9 +62,31 @@ def test_bench_measures_each_contender_or_says_why_not(tmp_path):
     assert rows["adam8bit"]["losses"][0] == rows["adamw"]["losses"][0]  # one model, one batch
 
 
+def test_a_contest_tables_its_runs_and_goes_on_where_it_was(shards, tmp_path):
+    """With a run that cannot be, which stops no other."""
+    command = [sys.executable, "-m", "bench.contest", *TINY_MODEL, f"--data_dir={shards}",
+               "--methods=qmuon, adamw", "--matmul=float", "--max_iters=4", "--eval_interval=4",
+               f"--out_dir={tmp_path}"]
+    contest = partial(subprocess.run, cwd=HERE, capture_output=True, text=True)
+    first = contest([*command, "--rates=0.01"])
+    assert first.returncode == 1  # adamw does not read matmul
+    assert "adamw-0.01: error: --matmul=float: method adamw does not read" in first.stdout
+    assert "| `adamw` | 0.01 | - |" in first.stdout
+    row = first.stdout.partition("| `qmuon` ")[2].splitlines()[0]
+    loss = read_log(tmp_path / "qmuon-0.01")[4, "val_loss"]
+    assert row.split(" | ")[:2] == ["| 0.01", f"{loss:.4f}"]
+
+    log = (tmp_path / "qmuon-0.01" / "log.jsonl").stat()
+    command.remove("--matmul=float")
+    second = contest([*command, "--rates=0.01,0.02"])
+    assert second.returncode == 0, second.stdout
+    assert second.stdout.count("\n| `") == 4
+    assert (tmp_path / "qmuon-0.01" / "log.jsonl").stat() == log  # it was done
+
+
 def test_the_refresh_study_finds_what_svd_keeps():
     flags = TINY_BENCH[:TINY_BENCH.index("--steps=2")]
-    rows = study(settings(*flags, "--seed=1", "--device=cpu"), "cpu", torch.float32)
+    rows = study(settings("--method=qgalore", *flags, "--seed=1"), "cpu", torch.float32)
     assert {(row["out"], row["in"]) for row in rows} == {(64, 64), (128, 64), (64, 128)}
     assert len(rows) == 7 + 9
     for row in rows:

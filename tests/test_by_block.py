@@ -92,7 +92,7 @@ def test_a_tied_embedding_takes_one_step_by_the_sum_of_its_uses():
 def test_a_tied_embedding_in_backward_takes_one_step_by_block():
     torch.manual_seed(0)
     model = LLaMA(tiny(tie_embedding=True))
-    optimizer = find("qgalore").build_optimizer(model, settings("--rank=8"))
+    optimizer = find("qgalore").build_optimizer(model, settings("--method=qgalore", "--rank=8"))
     for step in range(3):
         forward_backward(model, batches(step), SHARES, optimizer, nullcontext())
         optimizer.step()

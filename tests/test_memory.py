@@ -26,7 +26,7 @@ from run.ranks import Ranks
 from run.trace import Live
 from tests.common import HERE, Job, one_line_error, run, settings, tiny, tokens
 
-PROJECTED = "--rank=32"
+PROJECTED = "--method=qgalore --rank=32"
 
 
 def step(s, model, optimizer, x, y):
@@ -86,11 +86,12 @@ def test_the_memory_plan_is_what_a_real_step_takes(flags):
 
 
 @pytest.mark.parametrize("flags,blocks,gpu", [
-    ("--checkpoint_activations=True --gradient_accumulation_steps=2 --rank=16", 6, Gpu()),
-    ("--proj_svd=True --gradient_accumulation_steps=2 --rank=16", 6, None),
-    ("--proj_gap=1 --rank=16", 6, Gpu(expandable=False, kernels=False)),
+    ("--method=qgalore --rank=16 --checkpoint_activations=True --gradient_accumulation_steps=2", 6,
+     Gpu()),
+    ("--method=qgalore --rank=16 --proj_svd=True --gradient_accumulation_steps=2", 6, None),
+    ("--method=qgalore --rank=16 --proj_gap=1", 6, Gpu(expandable=False, kernels=False)),
     ("--method=loqt --weight_bits=8 --rank=16", 6, None),
-    ("--by_block=True --gradient_accumulation_steps=4 --rank=16", 6, Gpu()),
+    ("--method=qgalore --rank=16 --by_block=True --gradient_accumulation_steps=4", 6, Gpu()),
     ("--method=adamw", 12, Gpu()),  # so deep that its moments, counted twice, are above its gradients
 ])
 def test_a_deep_models_plan_repeats_a_shallow_ones(flags, blocks, gpu, monkeypatch):
