@@ -23,6 +23,7 @@ import difflib
 import math
 import os
 import sys
+import traceback
 from types import SimpleNamespace
 
 from run.files import check_file
@@ -269,7 +270,9 @@ def _read(path, names):
         raise SystemExit(f"error: config file {path}: RecursionError: it includes itself, or calls "
                          "itself without an end")
     except Exception as e:  # whatever a user's program may raise
-        raise SystemExit(f"error: config file {path}: {type(e).__name__}: {first_line(e)}")
+        lines = [at.lineno for at in traceback.extract_tb(e.__traceback__) if at.filename == path]
+        line = f", line {lines[-1]}" if lines else ""
+        raise SystemExit(f"error: config file {path}{line}: {type(e).__name__}: {first_line(e)}")
     names.path = outside
 
 

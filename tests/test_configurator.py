@@ -227,7 +227,8 @@ def test_arguments_that_are_none_are_one_line(module, tmp_path, monkeypatch, arg
 
 @pytest.mark.parametrize("text,words", [
     ("steps = = 3\n", "line 1: "), ("steps = 3\n  rate = 1\n", "line 2: "),
-    ("steps = stps\n", "NameError: name 'stps'"), ("steps = 1 / 0\n", "ZeroDivisionError"),
+    ("steps = 3\nrate = stps\n", "line 2: NameError: name 'stps'"),
+    ("def f():\n    return 1 / 0\nsteps = f()\n", "line 2: ZeroDivisionError"),
     ("include('none.py')\n", "none.py: No such file"), ("if_read(3)\n", "TypeError"),
     ("steps = int('a')\n", "ValueError"), ("include('config.py')\n", "RecursionError"),
 ])
@@ -318,7 +319,7 @@ def test_include_reads_from_the_config_files_own_folder(module, write, tmp_path,
         assert (s.steps, s.out_dir) == (1, "base-red")
     # an error names the file that it is in
     write("deep/more.py", "scale = big\n")
-    assert f"deep{os.sep}more.py: NameError" in refusal(module, path)
+    assert f"deep{os.sep}more.py, line 1: NameError" in refusal(module, path)
     write("deep/more.py", "scale = 'big'\n")
     assert f"deep{os.sep}more.py: scale must be a number" in refusal(module, path)
 
