@@ -17,6 +17,9 @@ from kernels.lean import block_backward
 from quant import GROUP_SIZE, dequantize_int8, quantize_int8
 
 
+SMALL = 2**16  # bytes of pinned memory that may be lost
+
+
 class Kept:
     """A block's input (B, T, C) until its backward, in host memory. bits 8: in INT8."""
 
@@ -33,13 +36,36 @@ class Kept:
         return codes[0].detach()
 
     def leave(self, t):
-        """A copy of a GPU's tensor in pinned memory, in the order of the stream; others stay."""
-        if not t.is_cuda:
-            return t
-        return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+        """What is kept of t: of a GPU's its shape, and its bytes in host memory; others stay."""
+        return (torch.empty_like(t, device="meta"), to_host(t)) if t.is_cuda else t
 
-    def come_back(self, t):
-        return t.to(self.device, non_blocking=True)
+    def come_back(self, kept):
+        return from_host(*kept, self.device) if isinstance(kept, tuple) else kept
+
+
+def to_host(t):
+    """Pieces of t's bytes, of a GPU's in pinned memory, copied in the order of the stream."""
+    parts = t.reshape(-1).view(torch.uint8).split(pieces(t.nbytes))
+    there = [torch.empty_like(part, device="cpu", pin_memory=t.is_cuda) for part in parts]
+    return [host.copy_(part, non_blocking=True) for host, part in zip(there, parts)]
+
+
+def from_host(like, parts, device):
+    """The tensor whose bytes to_host() left, of like's shape and dtype."""
+    t = torch.empty_like(like, device=device)
+    for into, part in zip(t.view(-1).view(torch.uint8).split(pieces(t.nbytes)), parts):
+        into.copy_(part, non_blocking=True)
+    return t
+
+
+def pieces(size):
+    """Sizes, powers of two but for a last one of less than SMALL, whose sum is `size`: torch gives
+    pinned memory in powers of two, and 13B's inputs in one piece would take 1.6 times their bytes."""
+    sizes = []
+    while size >= SMALL:
+        sizes.append(1 << size.bit_length() - 1)
+        size -= sizes[-1]
+    return sizes + [size] * (size > 0)
 
 
 def kept_bytes(s, dtype):

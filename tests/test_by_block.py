@@ -11,7 +11,7 @@ import torch
 from methods.registry import find
 from model import LLaMA, QEmbedding
 from run import memory
-from run.by_block import Kept, forward_backward, kept_bytes
+from run.by_block import SMALL, Kept, forward_backward, from_host, kept_bytes, pieces, to_host
 from run.cards import card_named
 from run.roofline import step_on
 from tests.common import refused, settings, tiny, tokens
@@ -112,6 +112,20 @@ def test_an_input_waits_in_the_bytes_that_are_planned(bits):
     assert sum(t.nbytes for t in kept.codes) == kept_bytes(s, torch.bfloat16)
     error = (kept.value() - x).float().norm() / x.float().norm()
     assert error == 0 if bits == 16 else 0 < error < 0.01
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 96), (2, 256, 320), (1, 1, 1), (0, 4)])
+def test_bytes_go_to_the_host_in_powers_of_two_and_come_back(shape):
+    """As pinned memory is given: a size between two of them takes the larger."""
+    for dtype in (torch.bfloat16, torch.int8, torch.float32):
+        t = torch.randn(shape).mul_(50).to(dtype)
+        parts = to_host(t)
+        taken = sum(1 << (part.nbytes - 1).bit_length() for part in parts)
+        assert taken < t.nbytes + SMALL
+        back = from_host(torch.empty_like(t, device="meta"), parts, "cpu")
+        assert back.dtype == dtype and torch.equal(back, t)
+    for size in (5120 * 4096, 768 * 12 * 255, 2**24):
+        assert sum(pieces(size)) == size
 
 
 def test_a_host_without_room_is_refused_in_one_line(monkeypatch):
