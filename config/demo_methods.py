@@ -10,11 +10,15 @@ _rates = {
     "apollo": 0.008,
     "apollo_mini": 0.008,
     "qscale": 0.004,
+    "qgalore": 0.008,
+    "qalice": 0.008,
     "muon": 0.032,
     "qmuon": 0.032,
 }
 learning_rate = _rates.get(method, 0.002)
 if method in ("muon", "qmuon"):
     galore_scale = 0.125
+if method in ("qgalore", "qalice"):
+    galore_scale = 0.25
 if method == "relora":
     proj_gap = 300

@@ -8,7 +8,7 @@ import torch
 
 from methods.fira import limit_growth_
 from methods.registry import FLOATS, register
-from methods.whole_gradient import WholeGradient
+from methods.whole_gradient import WithoutBasis
 from quant import random_key, uniform
 
 READS = ("rank", "proj_gap", "proj_side", "accumulation", "stochastic_rounding", "matmul")
@@ -21,7 +21,7 @@ READS = ("rank", "proj_gap", "proj_side", "accumulation", "stochastic_rounding",
     reads=READS,
     fixes=FLOATS | {"galore_scale": 1.0},
 )
-class Apollo(WholeGradient):
+class Apollo(WithoutBasis):
     """W moves by G, each column as much as Adam makes of its projection.
 
     The projection is on random directions, which are drawn again each gap and not kept."""

@@ -4,9 +4,8 @@ Fira (arXiv 2410.01623): what low rank throws away moves W, too.
 
 import torch
 
-from kernels.subspace import frobenius
 from methods.registry import FLOATS, register
-from qgalore import ProjectedWeight
+from methods.whole_gradient import WholeGradient
 
 GROWTH = 1.01  # the largest ratio of a step's norm to the last one's
 
@@ -17,25 +16,12 @@ GROWTH = 1.01  # the largest ratio of a step's norm to the last one's
     weight_bits=(16, 8),
     fixes=FLOATS,
 )
-class Fira(ProjectedWeight):
+class Fira(WholeGradient):
     """W moves by P N + phi S: S = G - P R, each column scaled by the factor by which Adam changed
-    R's column.
-
-    What is gathered is R (rank, other) and below it G (dim, other)."""
-
-    def factors(self, x, dy):
-        lefts, right = super().factors(x, dy)
-        a, _ = self.projection.sides(x, dy)  # (T, dim)
-        return (*lefts, a), right
-
-    def norm(self, gradient):
-        return frobenius(gradient[: self.projection.rank])
+    R's column."""
 
     def direction(self, gradient):
-        gradient = gradient.to(self.dtype)  # in which it came, but for sums in float32
-        p = self.projection.matrix(self.dtype)  # (dim, rank)
-        r, g = gradient.tensor_split([self.projection.rank])
-        rest = g.addmm_(p, r, alpha=-1)  # S
+        p, r, rest = self.parts(gradient)
         before = norms(r)
         n = self.adam_(r)  # (rank, other), in r's memory
         phi = norms(n) / (before + 1e-8)  # (other,)

@@ -13,7 +13,7 @@ from kernels import symmetric
 from kernels.launch import with_kernel
 from kernels.momentum import Momentum
 from methods.registry import register
-from methods.whole_gradient import READS, WholeGradient
+from methods.whole_gradient import READS, WithoutBasis
 
 GRADIENT = 0.4  # of a step's own gradient, beside the momentum
 LIKE_ADAM = 0.2  # root of the mean square of its step in a square weight
@@ -32,7 +32,7 @@ NEWTON_SCHULZ = (
 @register("qmuon", "Muon on INT8 weights, its momentum in 4 bits", reads=(*READS, "moments"))
 @register("muon", "the same with float weights and momentum", weight_bits=(16, 8), reads=READS,
           fixes={"moments": "float32"})
-class Muon(WholeGradient):
+class Muon(WithoutBasis):
     """W moves by the orthogonal factors of M + GRADIENT G."""
 
     def new_moments(self, shape):

@@ -5,7 +5,7 @@ SCALE (arXiv 2506.16659): the gradient, its columns normalised, and no state of 
 import torch
 
 from methods.registry import register
-from methods.whole_gradient import READS, WholeGradient
+from methods.whole_gradient import READS, WithoutBasis
 
 LIKE_ADAM = 0.2  # root of the mean square of a step
 
@@ -19,7 +19,7 @@ class NoMoments:
     "SCALE on INT8 weights: columns of the gradient, normalised; no state, and no subspace",
     reads=READS,
 )
-class Scale(WholeGradient):
+class Scale(WithoutBasis):
     """W moves by G / |column of G|, each column's norm taken along W's outputs.
 
     Embedding and head, where the paper keeps a momentum of the head alone, move by Adam here, as

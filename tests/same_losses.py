@@ -51,6 +51,7 @@ CASES = {
     "fira": f"--method=fira {Q}",
     "fira INT8 weights, 3 micro-batches": f"--method=fira {Q} --weight_bits=8"
     " --gradient_accumulation_steps=3",
+    "qalice": f"--method=qalice {Q}",
     "galore": f"--method=galore {Q}",
     "galore 3 micro-batches, clip": f"--method=galore {Q} --gradient_accumulation_steps=3 --grad_clip=0.5",
     "galore INT8 weights": f"--method=galore {Q} --weight_bits=8",

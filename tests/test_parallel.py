@@ -58,10 +58,9 @@ def test_two_ranks_learn_as_one_does_and_a_resume_may_have_more(tmp_path):
         c = json.load(f)
     d, ffn = c["n_embd"], c["ffn_dim"]
     dense = 2 * 257 * d + (2 * c["n_layer"] + 1) * d  # embedding, head, norms
-    rows = c["rank"] + d  # of the low-rank gradient; of the gradient, for its residual
-    low_rank = c["n_layer"] * (4 * d + 3 * ffn) * rows
+    whole = c["n_layer"] * (4 * d + 3 * ffn) * d
     sent = [line["sent_mb"] for line in lines if "sent_mb" in line]
-    assert min(sent[1:]) == pytest.approx(4 * (low_rank + dense) / 1e6)
+    assert min(sent[1:]) == pytest.approx(4 * (whole + dense) / 1e6)
 
 
 def test_ranks_stay_identical_where_sums_are_rounded(shards, tmp_path):

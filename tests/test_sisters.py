@@ -20,6 +20,7 @@ from kernels.count import Counter
 from kernels.matmul import gradient_int8
 from kernels.momentum import Momentum, _decode
 from kernels.sums import Sum
+from methods.alice import WEIGHT
 from methods.fira import limit_growth_
 from methods.loqt import Factor
 from methods.lora import restart
@@ -133,7 +134,7 @@ def test_fira_adds_the_scaled_residual_and_limits_its_growth(shape):
             continue
         r = p.T @ g
         n = adam(r)
-        assert optimizer.norms.item() == pytest.approx(r.norm().item(), rel=1e-4)
+        assert optimizer.norms.item() == pytest.approx(g.norm().item(), rel=1e-4)
         rest = (g - p @ r) * (n.norm(dim=0) / r.norm(dim=0))
         if norm is not None and rest.norm() > 1.01 * norm:
             rest = rest * 1.01 * norm / rest.norm()
@@ -143,6 +144,32 @@ def test_fira_adds_the_scaled_residual_and_limits_its_growth(shape):
         torch.testing.assert_close(moved, -0.01 * (p @ n + rest), rtol=1e-3, atol=1e-5)
     assert limited
     assert weight.projection.refreshes == 5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_alice_adds_the_residual_normalised_by_its_columns_mean_energy(shape):
+    layer, optimizer = layer_and_optimizer(shape, "qalice")
+    weight = optimizer.weights[0]
+    adam = Adam()
+    mean = age = 0
+    norm = None  # of the last step's residual
+    for x, dy, g in gradients(shape, 24):
+        before = current(layer)
+        p = basis(weight)
+        layer.hook(layer, x, dy)
+        if p is None:
+            assert torch.equal(current(layer), before)
+            continue
+        n = adam(p.T @ g)
+        rest = g - p @ (p.T @ g)
+        age += 1
+        mean = 0.9 * mean + 0.1 * rest.square().sum(dim=0)
+        rest = rest * ((len(p) - p.shape[1]) * (1 - 0.9**age) / mean).sqrt()
+        if norm is not None and rest.norm() > 1.01 * norm:
+            rest = rest * 1.01 * norm / rest.norm()
+        norm = rest.norm()
+        moved = current(layer) - before
+        torch.testing.assert_close(moved, -0.01 * (p @ n + WEIGHT * rest), rtol=1e-3, atol=1e-5)
 
 
 # -----------------------------------------------------------------------------
