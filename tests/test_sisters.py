@@ -147,7 +147,7 @@ def test_fira_adds_the_scaled_residual_and_limits_its_growth(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_alice_adds_the_residual_normalised_by_its_columns_mean_energy(shape):
+def test_alice_adds_the_residual_by_its_columns_mean_energy(shape):
     layer, optimizer = layer_and_optimizer(shape, "qalice")
     weight = optimizer.weights[0]
     adam = Adam()
