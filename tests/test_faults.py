@@ -559,8 +559,9 @@ def test_the_least_a_run_takes_is_less_than_its_plan():
 
 @pytest.mark.parametrize("length,share", [(128, 1.0), (8192, 0.0)])
 def test_fragments_are_of_blocks_that_the_heap_keeps(length, share):
-    s = settings("--n_layer=1", "--n_embd=1024", "--n_head=16", "--ffn_dim=1024", "--batch_size=1",
-                 "--vocab_size=64", "--rank=8", f"--block_size={length}", "--proj_side=right")
+    s = settings("--method=qgalore", "--rank=8", "--proj_side=right", "--n_layer=1",
+                 "--n_embd=1024", "--n_head=16", "--ffn_dim=1024", "--vocab_size=64",
+                 "--batch_size=1", f"--block_size={length}")
     plan = memory.memory_plan(s, torch.float32, torch.float32, fragments=0.75)
     kept = (plan["fragments, workspaces"] - memory.WORKSPACES) / 0.75
     assert kept == pytest.approx(share * plan["gradients, activations"], rel=0.01,

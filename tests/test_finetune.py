@@ -245,7 +245,7 @@ def test_a_checkpoint_is_tuned_resumed_and_exported(checkpoint, tmp_path, method
 
 
 def test_what_does_not_fit_a_checkpoint_is_refused(checkpoint, shards, tmp_path):
-    args = ["train.py", f"--out_dir={tmp_path}/out", *TUNE]
+    args = ["train.py", f"--out_dir={tmp_path}/out", "--method=qgalore", *TUNE]
     ours = [f"--init_from={checkpoint}", f"--data_dir={checkpoint}/data"]
     for wrong, *words in (
         ([f"--init_from={checkpoint}", f"--data_dir={shards}"], "tokenizer", "text_train"),
