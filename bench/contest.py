@@ -42,6 +42,7 @@ def main(s, argv):
         chosen = {"method": method, "learning_rate": rate, "seed": seed}
         chosen = {key: value for key, value in chosen.items() if value}
         folder = os.path.join(out_dir, "-".join(chosen.values()))
+        refuse_other_settings(folder, s, {*chosen, *OWN})
         found = outcome(folder, s.max_iters)
         if found is None:
             more = [f"--{key}={value}" for key, value in chosen.items()]
@@ -53,6 +54,21 @@ def main(s, argv):
     print(f"curves: python -m run.plot --out_dir='{s.out_dir}/*' --image=contest.png")
     if any("error" in run for runs in rows.values() for run in runs):
         raise SystemExit(1)
+
+
+def refuse_other_settings(folder, s, but):
+    """Leave with one line if a run in this folder was made by another value of one of the flags."""
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+    except FileNotFoundError:
+        return
+    for name, where in s.given.items():
+        value = getattr(s, name)
+        by_flag = where.startswith("--") and name not in but  # a file's may go by the method
+        if by_flag and config.get(name) != value and value not in ("", "auto", 0):
+            raise SystemExit(f"error: {folder} has {name} = {config.get(name)!r}, not "
+                             f"{value!r}: take another --out_dir")
 
 
 def train(flags, folder):

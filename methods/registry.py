@@ -2,7 +2,7 @@
 What a method is: the settings that it reads and fixes, and how it makes a model and an optimizer.
 
     @register("fira", "GaLore, and the residual of the gradient", fixes=FLOATS)
-    class Fira(ProjectedWeight): ...
+    class Fira(WholeGradient): ...
 
 registers a method that moves each projected weight as that class does. Methods that train something
 else are subclasses of Method. Every file in this folder is looked at, and nothing else lists them.

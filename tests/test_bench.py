@@ -78,6 +78,8 @@ def test_a_contest_tables_its_runs_and_goes_on_where_it_was(shards, tmp_path):
 
     log = (tmp_path / "qmuon-0.01" / "log.jsonl").stat()
     command.remove("--matmul=float")
+    other = contest([*command, "--rates=0.01", "--n_layer=1"])  # what is there is of two layers
+    assert other.returncode == 1 and "has n_layer = 2, not 1" in other.stderr
     second = contest([*command, "--rates=0.01,0.02"])
     assert second.returncode == 0, second.stdout
     assert second.stdout.count("\n| `") == 4
