@@ -6,7 +6,8 @@ Pretrained checkpoints: in, tuned, judged and out again. The core never imports 
     fields.py, paths.py   the fields of a stranger's JSON; where checkpoints lie
     tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template
     hf_tokenizer.py       the tokenizer of an export
-    prepare_sft.py        prompts and answers, or conversations.py, as shards that train.py reads
+    prepare_sft.py        inputs.py (hub_data.py, parquet.py) made into examples.py, by templates.py
+                          or conversations.py of messages.py, and into rows.py; preview.py
     evaluate.py           validation loss, and tasks with known answers, of questions.py
     adapters.py           LoRA, and LowRank, which takes a matrix's place
     welore.py             WeLore: a checkpoint whose low-rank matrices become two factors
