@@ -62,6 +62,8 @@ def _answer(enc, messages, i, whole, fields, at=0):
     # an answer lies between what is written up to its start and what is written through it
     before = enc.render(messages[:i], add_generation_prompt=True, fields=fields)
     through = enc.render(messages[: i + 1], fields=fields)
+    if not whole.startswith(through):
+        through = _without_last_end(enc, through)
     one_by_one = through.startswith(before) and whole.startswith(through)
     if not one_by_one or len(before) < at:
         raise Rewritten(
@@ -77,6 +79,18 @@ def _answer(enc, messages, i, whole, fields, at=0):
     if not re.sub("|".join(map(re.escape, enc.special)), "", said).strip():
         raise ValueError("the assistant says nothing that the chat template writes")
     return len(before), end
+
+
+def _without_last_end(enc, text):
+    """A text without the token that ends it, if another token ends what is before.
+
+    Phi's templates end a text by <|endoftext|>, after the <|end|> of its last message."""
+    ends = tuple(enc.special)
+    for token in ends:
+        before = text.rstrip().removesuffix(token)
+        if before != text.rstrip() and before.rstrip().endswith(ends):
+            return before
+    return text
 
 
 def _answers(messages):

@@ -100,7 +100,8 @@ def _files_of(hub, asked):
     except Exception as e:  # no network, a server's error
         folder = _cached(hub, asked)
         if folder:
-            print(f"note: {asked.name}: the hub was not reached: the files are the cache's")
+            print(f"note: {asked.name}: the hub was not reached: its files are those in the cache, "
+                  "which may not be all")
             return _sizes(folder), folder
         why = f"was not fetched, and is not in the cache: {first_line(e)}"
     raise SystemExit(f"error: {asked.name}: {why}")
