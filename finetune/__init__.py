@@ -7,7 +7,7 @@ Pretrained checkpoints: in, tuned, judged and out again. The core never imports 
     tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template
     hf_tokenizer.py       the tokenizer of an export
     prepare_sft.py        inputs.py (hub_data.py, parquet.py) made into examples.py, by templates.py
-                          or conversations.py of messages.py, and into rows.py; preview.py
+                          or conversations.py of messages.py; rows.py, preview.py; example_shards.py
     evaluate.py           validation loss, and tasks with known answers, of questions.py
     adapters.py           LoRA, and LowRank, which takes a matrix's place
     welore.py             WeLore: a checkpoint whose low-rank matrices become two factors

@@ -61,7 +61,9 @@ def _answer(enc, messages, i, whole, fields, at=0):
     Raises ValueError if that is nothing, and Rewritten."""
     # an answer lies between what is written up to its start and what is written through it
     before = enc.render(messages[:i], add_generation_prompt=True, fields=fields)
-    through = enc.render(messages[: i + 1], fields=fields)
+    through = whole
+    if i + 1 < len(messages):
+        through = enc.render(messages[: i + 1], fields=fields)
     if not whole.startswith(through):
         through = _without_last_end(enc, through)
     one_by_one = through.startswith(before) and whole.startswith(through)

@@ -8,11 +8,10 @@ import os
 
 import numpy as np
 
-from finetune import parquet
 from finetune.conversations import conversations, template_fields, unused, without_nothing
 from finetune.inputs import records_of, shown_name
-from finetune.messages import KEYS, key_of, messages_of
-from finetune.templates import fields_in, prompt_and_completion, templates
+from finetune.messages import key_of, messages_of
+from finetune.templates import fields_in, prompt_and_completion
 from finetune.tokenizer import Tokenizer
 from prepare_c4 import PIECE, last_cut
 from run.records import Skipped
@@ -63,20 +62,32 @@ def examples(enc, record, prompt="{prompt}", completion="{completion}", words=()
     ValueError, or KeyError, if it makes none."""
     if not chat or key_of(record) is None:
         pieces = prompt_and_completion(record, prompt, completion, words)
-        ids, flags = encode(enc.encode_ordinary, pieces)
-        return [with_start(enc, [*ids, enc.eot_token], [*flags, IN_LOSS])]
+        return [of_pieces(enc, pieces, is_chat=False)]
+    check_template(enc, "--prompt and --completion")
+    fields = template_fields(enc, record)
+    found = conversations(enc, messages_of(record, fields), fields)
+    return [of_pieces(enc, pieces, is_chat=True) for pieces in found]
+
+
+def check_template(enc, otherwise):
+    """Exit with one line if an encoding has no chat template. otherwise: flags that need none."""
     if not isinstance(enc, Tokenizer) or enc.chat_template is None:
         raise SystemExit(
             "the encoding has no chat template; messages need an instruct model's checkpoint, "
-            "or --prompt and --completion"
+            f"or {otherwise}"
         )
-    fields = template_fields(enc, record)
-    found = conversations(enc, messages_of(record, fields), fields)
-    return [with_start(enc, *encode(enc.encode_with_special, pieces)) for pieces in found]
 
 
-def with_start(enc, ids, flags):
-    """The Example of these tokens, with what the tokenizer puts before all."""
+def of_pieces(enc, pieces, is_chat):
+    """The Example of a text in pieces [(text, whether it counts)].
+
+    is_chat: a chat template wrote it, with special tokens; else an end-of-text token follows."""
+    if is_chat:
+        ids, flags = encode(enc.encode_with_special, pieces)
+    else:
+        ids, flags = encode(enc.encode_ordinary, pieces)
+        ids = [*ids, enc.eot_token]
+        flags = [*flags, IN_LOSS]
     # bos is context, too, and no target
     if isinstance(enc, Tokenizer):
         with_bos = enc.with_bos(ids)
@@ -95,41 +106,25 @@ def not_in_example(enc, record, prompt, completion, chat):
 
 
 
-def check_columns(file, s):
-    """Exit with one line if a file that tells its columns beforehand lacks one that is needed."""
-    if not parquet.is_parquet(file.path):
-        return
-    prompt, completion, _, chat = templates(s)
-    there = parquet.columns(file.path)
-    needed = fields_in(prompt) | fields_in(completion)
-    missing = ", ".join(sorted(needed - {*there}))
-    if missing and not (chat and key_of(dict.fromkeys(there)) is not None):
-        or_chat = f"; nor has it {' or '.join(KEYS)}" if chat else ""
-        raise SystemExit(
-            f"error: {shown_name(file)}: has no column {missing}{or_chat}; it has "
-            f"{', '.join(there)}: name those by --prompt and --completion"
-        )
+def read_examples(file, enc, columns, make, counts):
+    """Yield the Examples in a File.
 
-
-def read_examples(file, enc, s, counts):
-    """Yield the examples in a File, by the settings columns, prompt, completion and labels.
-
-    counts: a Counter that gets "records", and "unread", how many made no example. Says why, and
-    what of the records is in no example."""
-    prompt, completion, words, chat = templates(s)
+    make(enc, record): (those that the record makes, what of it is in none, a list of texts); raises
+    ValueError, or KeyError, if it makes none. counts: a Counter that gets "records", and "unread",
+    how many made none. Says why, and what of the records is in no example."""
     name = shown_name(file)
     total = 0
     divided = 0  # conversations that made an example an answer
     skipped = Skipped()
     not_used = Skipped()
     progress = Progress(os.path.basename(name), unit="records")
-    for where, record in progress.over(records_of(file, s.columns)):
+    for where, record in progress.over(records_of(file, columns)):
         total += 1
         try:
             if isinstance(record, ValueError):
                 raise record
-            made = examples(enc, record, prompt, completion, words, chat)
-            for what in not_in_example(enc, record, prompt, completion, chat):
+            made, rest = make(enc, record)
+            for what in rest:
                 not_used.add(what, where)
         except KeyError:  # the file's structure is another: all of its records will be so
             raise SystemExit(

@@ -586,6 +586,18 @@ def test_what_counts_is_in_brackets(chat):
         assert preview.marked(enc, found, preview.GREEN).count("\x1b[32m") == 2
 
 
+def test_a_terminal_shows_what_counts_in_green(monkeypatch, capsys):
+    enc = get_encoding("bytes")
+    found = example_of(enc, ("a", False), ("b", True))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    preview.show(enc, found, 1)
+    assert "1 count in the loss, in green\n    a\x1b[32mb\x1b[0m\n" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    preview.show(enc, found, 1)
+    assert "in [[ ]]\n    a[[b]]\n" in capsys.readouterr().out
+
+
 def test_what_a_terminal_obeys_is_spelled():
     enc = get_encoding("bytes")
     found = example_of(enc, ("a\x1b[2J\tb\r\nc\x9b\xa0d", False), ("e\x00", True))
