@@ -39,20 +39,28 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(q, k, cos, sin):
-    """RoPE of queries and keys, in one pass; arguments as for turned()."""
-    return _Rotate.apply(q, k, cos, sin)
+    """RoPE of queries and keys, in one pass; arguments as for turned(). None: no RoPE."""
+    return (q, k) if cos is None else _Rotate.apply(q, k, cos, sin)
 
 
-def rope(start, length, c, x):
+def ropes(start, length, c, x):
+    """rope() of layers that see all keys (False), of those that have a window (True), and of those
+    without RoPE (None)."""
+    whole = rope(start, length, c, x)
+    local = rope(start, length, c, x, local=True) if c.rope_local_theta else whole
+    return {False: whole, True: local, None: (None, None)}
+
+
+def rope(start, length, c, x, local=False):
     """cos and sin (length, head_dim / 2) of RoPE's angles at positions start.., of x's dtype.
 
     c: LLaMAConfig, whose rope_scaling is "", "linear FACTOR", or LLaMA 3's "llama3 FACTOR LOW HIGH
     LENGTH": wavelengths above LENGTH / LOW are stretched by FACTOR, those below LENGTH / HIGH stay,
-    those between are interpolated."""
+    those between are interpolated. local: plain, of rope_local_theta."""
     # pair i of a head turns by theta^(-2i / hs) a position
     at = torch.arange(0, c.head_dim, 2, device=x.device, dtype=torch.float32)
-    frequency = 1.0 / c.rope_theta ** (at / c.head_dim)
-    kind, *numbers = c.rope_scaling.split() or [""]
+    frequency = 1.0 / (c.rope_local_theta if local else c.rope_theta) ** (at / c.head_dim)
+    kind, *numbers = [""] if local else c.rope_scaling.split() or [""]
     if kind == "linear":
         frequency = frequency / float(numbers[0])
     elif kind == "llama3":
@@ -63,6 +71,14 @@ def rope(start, length, c, x):
     position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
     angle = torch.outer(position, frequency)  # (T, hs / 2)
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def attention_masks(past, T, most, window, documents, device):
+    """attention_mask() of layers that see all keys, at most `most`, and of those with a window."""
+    whole = attention_mask(past, T, most, documents, device)
+    if not window:
+        return whole, whole
+    return whole, attention_mask(past, T, min(most, window), documents, device)
 
 
 def attention_mask(past, T, window, documents, device):
