@@ -88,7 +88,7 @@ lr_decay_iters: at_least(0) = 0  # 0 = max_iters
 min_lr: between(-1, 100) = -1.0  # negative = a tenth of learning_rate
 # system
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
-dtype: one_of("auto", "bfloat16", "float32") = "auto"  # bfloat16 where the GPU has it, else float32
+dtype: one_of("auto", "bfloat16", "float16", "float32") = "auto"  # GPU: bfloat16, or else float16
 threads: between(0, 4096) = 0  # of the CPU; 0: OMP_NUM_THREADS, or by the model's size
 seed: between(0, 2**63 - 1) = 1337
 rank_timeout: between(0.001, 1e6) = 600.0  # seconds that ranks wait for one another
@@ -106,7 +106,7 @@ from kernels.launch import compile_fused
 from run.by_block import forward_backward
 from run.checkpoint import save_checkpoint, whole_state
 from run.data import make_data, open_windows, shares_of
-from run.device import flops_per_token
+from run.device import flops_per_token, loss_scale
 from run.finite import check_finite
 from run.folder import Folder
 from run.log import Clock, Log, begin, end
@@ -144,6 +144,7 @@ def start(s, folder, began):
     if s.compile:
         compile_fused(s.device)
     run = Run(s, method, model, optimizer, train_data, val_data, ranks)
+    ranks.loss_scale = loss_scale(s, compute_dtype)
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)
     if checkpoint is not None:
@@ -247,7 +248,8 @@ class Run:
         batches = []
         for _ in range(s.gradient_accumulation_steps // self.ranks.size):
             batches.append(self.train_data.batch(s.batch_size, self.ranks.rank, self.ranks.size))
-        shares = shares_of(batches, self.train_data.rows, s, self.ranks)
+        scale = self.ranks.loss_scale
+        shares = [w * scale for w in shares_of(batches, self.train_data.rows, s, self.ranks)]
         batches = [self.on_device(batch) for batch in batches]
         if s.by_block:
             loss = forward_backward(self.model, batches, shares, optimizer, self.autocast)
@@ -262,7 +264,7 @@ class Run:
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1
-        return loss
+        return loss / scale
 
     def on_device(self, batch):
         x, y, documents = batch  # documents are read on the host
