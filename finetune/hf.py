@@ -2,33 +2,44 @@
 Hugging Face checkpoints in and out: LLaMA, SmolLM2, Mistral, Gemma, Gemma 2 and Qwen2.
     python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-tuned
     python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-int8 --int8=True
+    python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-tuned.gguf
 
 The first makes a directory in bfloat16, for transformers and lm_eval. The second keeps the INT8
-weights as they are, for hf.load().
+weights as they are, for hf.load(). The third makes a file for llama.cpp and Ollama.
 
-load() is in hf_load.py, and save() here: at most 2 GiB are made float at a time.
+load() is in hf_load.py, and save() here: at most 2 GiB are made float at a time. The file is
+gguf_model.py's.
 """
 
+import importlib.util
 import os
 import sys
 
-from configurator import configure
+from configurator import configure, one_of
 from finetune.paths import check_new, is_hub_name, local
 
 # input and output
 out_dir = "out"  # the run whose newest checkpoint to export
-export = ""  # the directory to make
-int8 = False  # the INT8 weights as they are. False: all in bfloat16, adapters merged
+export = ""  # the directory to make, or the file, NAME.gguf
+int8 = False  # a directory: the INT8 weights as they are. False: all in bfloat16, adapters merged
+gguf: one_of("q8_0", "f16") = "q8_0"  # a file: what its matrices are in
 
 
 def check(s):
     """Exit with one line for what can be said before torch is loaded, which takes seconds."""
     if not s.export:
-        raise SystemExit("error: name the directory to make with --export=DIR")
+        raise SystemExit("error: name what to make with --export=DIR, or --export=NAME.gguf")
+    is_file = s.export.endswith(".gguf")
     try:
-        check_new(s.export)
+        check_new(s.export, "file" if is_file else "directory")
     except ValueError as e:
         raise SystemExit(f"error: {e}")
+    if is_file and s.int8:
+        raise SystemExit("error: --int8=True is of a directory: a .gguf file has --gguf=q8_0")
+    if not is_file and "gguf" in s.given:
+        raise SystemExit(f"error: {s.given['gguf']}: the file to make is --export=NAME.gguf")
+    if is_file and importlib.util.find_spec("gguf") is None:
+        raise SystemExit("error: a .gguf file takes the gguf package: pip install gguf")
 
 
 if __name__ == "__main__":
@@ -43,6 +54,7 @@ import tiktoken
 import torch
 from safetensors import SafetensorError
 
+from finetune import gguf_model
 from finetune.hf_config import config_json, described, settings  # noqa: F401
 from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
 from finetune.hf_load import (INT8_NAMES, hf_names, int8_names, is_gemma, load,  # noqa: F401
@@ -182,11 +194,16 @@ def main(s):
     try:
         model, name = load_model(os.path.expanduser(s.out_dir), "cpu")
         like, encoding = _tokenizer(name)
-        save(model, s.export, like, s.int8, encoding=encoding)
+        if s.export.endswith(".gguf"):
+            gguf_model.save(model, s.export, s.gguf, like, encoding)
+        else:
+            save(model, s.export, like, s.int8, encoding=encoding)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
     kind = "for transformers: AutoModelForCausalLM.from_pretrained"
-    if s.int8:
+    if s.export.endswith(".gguf"):
+        kind = f"GGUF, {s.gguf}, for llama.cpp and Ollama"
+    elif s.int8:
         kind = "INT8, for hf.load"
     print(f"{s.export}: {kind}")
 
