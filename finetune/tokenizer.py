@@ -142,6 +142,7 @@ class Tokenizer:
 
         # which tokens start and end a text
         model = _settings(folder, "config.json")
+        self._ends = [model, _settings(folder, "generation_config.json")]
         self.bos_token = self._id("bos", model, vocabulary.bos)
         self.eot_token = self._id("eos", model, vocabulary.eos)
         if self.eot_token is None:
@@ -194,6 +195,22 @@ class Tokenizer:
         for template in (self.chat_template, self.tool_template):
             names.update(self._asked(chat.names, template))
         return names
+
+    @functools.cached_property
+    def end_tokens(self):
+        """The ids that end an answer: of the settings, and what the chat template writes there."""
+        found = {self.eot_token}
+        for settings in self._ends:
+            value = settings.take("eos_token_id", (int, list), "a token's number, or several", [])
+            found.update([value] if type(value) is int else value)
+        if self.chat_template is not None:
+            with contextlib.suppress(ValueError):  # it refuses the two
+                asked = {"role": "user", "content": "a question"}
+                said = {"role": "assistant", "content": "the answer"}
+                _, _, after = self.render([asked, said]).rpartition(said["content"])
+                ids = self.encode_with_special(after.strip())[:1]
+                found.update({self.vocabulary[token] for token in self.special}.intersection(ids))
+        return found
 
     def _asked(self, what, *args):
         """What chat's function says of a template."""
