@@ -1,7 +1,8 @@
 """
 Pretrained checkpoints: in, tuned, judged and out again. The core never imports this room.
 
-    hf.py                 Hugging Face checkpoints out, and in: hf_load.py
+    hf.py                 Hugging Face checkpoints out, and in: hf_load.py; push.py: to the hub
+    gguf_model.py         a model as a file for llama.cpp; gguf_tokenizer.py: its tokenizer
     hf_config.py          what their config.json says; hf_files.py: their safetensors files
     fields.py, paths.py   the fields of a stranger's JSON; where checkpoints lie
     tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template

@@ -98,6 +98,7 @@ def lines():
         try:
             line = input("> " if terminal else "")
         except EOFError:
+            print(end="\n" if terminal else "")
             return
         if line.strip():
             yield line
