@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from finetune.architectures import ARCHITECTURES
 from finetune.gguf_tokenizer import vocabulary
 from finetune.hf_load import hf_names
 from finetune.paths import check_new
@@ -38,7 +39,7 @@ except ImportError:  # an extra: hf.py says so
 WEIGHTS = ("q8_0", "f16")  # what matrices may be written in
 BLOCK = 32  # values of a Q8_0 block
 LARGEST = 65504.0  # of float16
-KEYS = ("attn_q", "attn_k")  # whose rows RoPE turns in pairs
+TURNED = ("attn_q", "attn_k")  # whose rows RoPE turns in pairs
 
 
 @dataclass
@@ -50,20 +51,25 @@ class Kind:
     # a head's pairs are neighbours for RoPE, not its two halves: rows of q and k change places
     neighbours: bool = False
     stretches: bool = False  # it reads the factors of LLaMA 3's RoPE
-    embed_scaled: bool = False  # by the root of n_embd
+    nope_every: int = 0
     softcaps: bool = False
     global_every: int = 0  # every which layer sees all keys, where the others have a window
+    local_rope: bool = False  # and where those have a RoPE of their own
     wide: int = 0  # layers of the one size whose scale of attention is by n_embd / n_head
 
 
 LLAMA = Kind("llama", neighbours=True, stretches=True)
-GEMMA2 = Kind("gemma2", "gelu", embed_scaled=True, softcaps=True, global_every=2, wide=46)
 KINDS = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
+    "Phi3ForCausalLM": Kind("phi3"),
     "Qwen2ForCausalLM": Kind("qwen2"),
-    "GemmaForCausalLM": Kind("gemma", "gelu", embed_scaled=True),
-    "Gemma2ForCausalLM": GEMMA2,
+    "Qwen3ForCausalLM": Kind("qwen3"),
+    "SmolLM3ForCausalLM": Kind("smollm3", neighbours=True, nope_every=4),
+    "Olmo2ForCausalLM": Kind("olmo2"),
+    "GemmaForCausalLM": Kind("gemma", "gelu"),
+    "Gemma2ForCausalLM": Kind("gemma2", "gelu", softcaps=True, global_every=2, wide=46),
+    "Gemma3ForCausalLM": Kind("gemma3", "gelu", global_every=6, local_rope=True, wide=62),
 }
 
 
@@ -103,11 +109,14 @@ def _kind(c):
     width = c.n_embd // c.n_head if c.n_layer == kind.wide else c.head_dim
     fixed = {
         "activation": (c.activation, kind.activation),
-        "embed_scale": (c.embed_scale, c.n_embd**0.5 if kind.embed_scaled else 1.0),
+        "nope_every": (_every(c.nope_every, c), _every(kind.nope_every, c)),
         "attn_scale": (c.attn_scale or c.head_dim**-0.5, width**-0.5),
         "attn_softcap": (c.attn_softcap > 0, kind.softcaps),
         "logit_softcap": (c.logit_softcap > 0, kind.softcaps),
     }
+    if kind.local_rope:  # no other window makes up for another order
+        fixed["global_every"] = (_every(c.global_every, c), _every(kind.global_every, c))
+        fixed["sliding_window"] = (c.sliding_window > 0, True)
     for key, (ours, theirs) in fixed.items():
         if ours != theirs:
             raise ValueError(
@@ -117,6 +126,11 @@ def _kind(c):
     if c.rope_scaling.startswith("llama3") and not kind.stretches:
         raise ValueError(f"llama.cpp's {kind.name} has no RoPE of the kind {c.rope_scaling!r}")
     return kind
+
+
+def _every(n, c):
+    """The numbers of every n-th of the layers; of none for 0."""
+    return [i for i in range(1, c.n_layer + 1) if n and i % n == 0]
 
 
 def _describe(writer, c, kind, weights):
@@ -149,12 +163,14 @@ def _describe(writer, c, kind, weights):
         writer.add_final_logit_softcapping(c.logit_softcap)
     if kind.global_every:  # a window as long as the text is none
         writer.add_sliding_window(c.sliding_window or c.block_size)
+    if c.rope_local_theta:
+        writer.add_rope_freq_base_swa(c.rope_local_theta)
 
 
 def _longest(c, kind):
     """The tokens of the longest text that llama.cpp computes as the model does."""
-    same = kind.global_every and c.global_every == kind.global_every
-    if same or not c.sliding_window:
+    same = _every(c.global_every, c) == _every(kind.global_every, c)
+    if kind.global_every and same or not c.sliding_window:
         return c.block_size
     longest = min(c.block_size, c.sliding_window)
     print(f"note: llama.cpp's {kind.name} has no such sliding window: in the file the model's "
@@ -176,29 +192,45 @@ def _tensors(model, kind, weights):
         factors = _rope_factors(c)
         name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
         found.append((name, factors.shape, gguf.GGMLQuantizationType.F32, lambda: factors))
-    for theirs, (module, part) in hf_names(model).items():
-        if part == "v":  # of a LowRank, which is written as the product of both
-            continue
+    for theirs, parts in _parts(model).items():
         stem, _, ending = theirs.rpartition(".")
-        ending = ending.replace("u", "weight") if part == "u" else ending
         name = names.get_name(stem)
         if name is None:
             raise ValueError(f"llama.cpp's {kind.name} has no place for the tensor {theirs}")
-        shape = _shape(module, part)
+        shape = _shape(parts)
         type_ = _type(shape, weights)
         order = None
-        if kind.neighbours and name.endswith(KEYS):
+        if kind.neighbours and name.endswith(TURNED):
             order = _neighbours(shape[0], c.head_dim)
         name = f"{name}.{ending}"
-        make = partial(_array, name, module, part, shape, type_, order)
-        found.append((name, shape, type_, make))
+        found.append((name, shape, type_, partial(_array, name, parts, type_, order)))
     return found
 
 
-def _shape(module, part):
-    if part == "u" or part == "weight" and isinstance(module, QMatrix):
-        return module.out_features, module.in_features
-    return tuple(getattr(module, part).shape)
+def _parts(model):
+    """{name of a tensor, as Hugging Face has it: [(module, attribute)] whose rows it holds}."""
+    whole_of = {}
+    for whole, names in ARCHITECTURES[model.config.architecture].fused.items():
+        whole_of.update(dict.fromkeys(names, whole))
+    found = {}
+    for name, (module, part) in hf_names(model).items():
+        if part == "v":  # of a LowRank, which is written as the product of both
+            continue
+        words = [whole_of.get(word, word) for word in name.split(".")]
+        if part == "u":
+            words[-1] = "weight"
+        found.setdefault(".".join(words), []).append((module, part))
+    return found
+
+
+def _shape(parts):
+    shapes = []
+    for module, part in parts:
+        if part == "u" or part == "weight" and isinstance(module, QMatrix):
+            shapes.append((module.out_features, module.in_features))
+        else:
+            shapes.append(tuple(getattr(module, part).shape))
+    return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
 def _type(shape, weights):
@@ -225,33 +257,35 @@ def _rope_factors(c):
     return (frequencies(replace(c, rope_scaling="")) / frequencies(c)).numpy()
 
 
-def _array(name, module, part, shape, type_, order):
+def _array(name, parts, type_, order):
     """A tensor as the file has it: floats, or a Q8_0 matrix's bytes (rows, 34 a block)."""
-    if len(shape) == 1:
-        out = getattr(module, part).float().cpu().numpy()
-    else:
-        rows = max(1, CHUNK // shape[1])
-        parts = [_encoded(name, w, type_) for w in _float_rows(module, part, shape, rows)]
-        out = np.concatenate(parts)
+    rows = []
+    for module, part in parts:
+        rows += [_encoded(name, w, type_) for w in _float_rows(module, part)]
+    out = np.concatenate(rows)
     return out if order is None else out[order]
 
 
-def _float_rows(module, part, shape, rows):
-    """A matrix in float32, `rows` rows after the other."""
-    starts = range(0, shape[0], rows)
-    is_matrix = isinstance(module, QMatrix)
+def _float_rows(module, part):
+    """A matrix in float32, some rows after the other; or a vector."""
+    is_matrix = part == "weight" and isinstance(module, QMatrix)
     if is_matrix and module.bits == 8 and getattr(module, "adapter", None) is None:
-        for i in starts:
-            codes = (t[i : i + rows] for t in (module.q, module.scale, module.zero))
-            yield dequantize_int8(*codes)
+        for at in _slices(module.q):
+            yield dequantize_int8(module.q[at], module.scale[at], module.zero[at])
         return
     # the whole of it: with its adapter, or a LowRank's product
     if part == "u" or is_matrix:
         w = module.float_weight(torch.float32)
     else:
         w = getattr(module, part)
-    for i in starts:
-        yield w[i : i + rows].float()
+    for at in _slices(w):
+        yield w[at].float()
+
+
+def _slices(w):
+    """Slices of w's rows, of CHUNK elements or a row."""
+    rows = max(1, CHUNK // w[0].numel())
+    return (slice(i, i + rows) for i in range(0, len(w), rows))
 
 
 def _encoded(name, w, type_):
