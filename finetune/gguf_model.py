@@ -203,7 +203,7 @@ def _tensors(model, kind, weights):
         if kind.neighbours and name.endswith(TURNED):
             order = _neighbours(shape[0], c.head_dim)
         name = f"{name}.{ending}"
-        found.append((name, shape, type_, partial(_array, name, parts, type_, order)))
+        found.append((name, shape, type_, partial(_array, name, parts, shape, type_, order)))
     return found
 
 
@@ -257,12 +257,17 @@ def _rope_factors(c):
     return (frequencies(replace(c, rope_scaling="")) / frequencies(c)).numpy()
 
 
-def _array(name, parts, type_, order):
+def _array(name, parts, shape, type_, order):
     """A tensor as the file has it: floats, or a Q8_0 matrix's bytes (rows, 34 a block)."""
-    rows = []
+    out = None
+    at = 0
     for module, part in parts:
-        rows += [_encoded(name, w, type_) for w in _float_rows(module, part)]
-    out = np.concatenate(rows)
+        for w in _float_rows(module, part):
+            rows = _encoded(name, w, type_)
+            if out is None:
+                out = np.empty((shape[0], *rows.shape[1:]), rows.dtype)
+            out[at : at + len(rows)] = rows
+            at += len(rows)
     return out if order is None else out[order]
 
 

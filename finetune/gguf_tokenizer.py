@@ -109,6 +109,8 @@ def _of_json(parts, where):
         types[ids[added["content"]]] = CONTROL if added.get("special") else USER_DEFINED
     # a merge is "a b" in older files
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    if byte_level and not merges:
+        raise ValueError(f"{where}: has no merges, which llama.cpp asks for: text is bytes in it")
     if byte_level:
         return {
             "tokenizer_model": "gpt2",
@@ -150,8 +152,6 @@ def _split_name(tokenizer, model, where):
             if name == "llama-bpe" and not model.get("ignore_merges"):
                 return "dbrx"  # the same, but a whole piece is merged even if it is a token
             return name
-    if not model["merges"]:  # nothing spans a split
-        return "gpt-2"
     known = ", ".join(SPLITS)
     raise ValueError(f"{where}: splits text as none of those that are known to llama.cpp: {known}")
 

@@ -5,22 +5,23 @@ Tests of finetune/gguf_model.py and gguf_tokenizer.py: models as files for llama
 transformers' own reader of such files is the judge, where it knows the architecture.
 """
 
+import base64
 import json
 import os
 import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
-import quant
 from configurator import configure
 from finetune import gguf_model, hf
 from finetune.adapters import LoRA
 from finetune.gguf_tokenizer import SPLIT_SAMPLE, SPLITS
-from finetune.tokenizer import LLAMA3_SPLIT, get_tokenizer
+from finetune.tokenizer import GPT2_SPLIT, get_tokenizer
 from model import LLaMA, QLinear
 from run.encodings import get_encoding
 from tests.common import refused, tiny
@@ -118,7 +119,10 @@ def test_transformers_reads_the_same_logits(kind, tmp_path):
     ours = hf.load(path, dtype=torch.float32, group_size=16)
     expected = logits(ours, text(length=5))  # within the window, where there is one
     more = {"config": theirs.config} if kind.startswith(UNSAID) else {}
-    for weights, error in (("f16", 2e-3), ("q8_0", 5e-2)):
+    errors = {"f16": 2e-3}
+    if kind in ("llama", "gemma 2"):
+        errors["q8_0"] = 5e-2
+    for weights, error in errors.items():
         file = str(tmp_path / f"{weights}.gguf")
         gguf_model.save(ours, file, weights, path)
         got = logits(read_back(file, **more), text(length=5))
@@ -308,11 +312,11 @@ def test_the_command_line_says_what_is_wrong_at_once(tmp_path, monkeypatch):
 # tokenizers
 
 
-def written(tmp_path, like=None, encoding=None, size=600):
+def written(tmp_path, like=None, encoding=None, **fields):
     """A GGUF file with this tokenizer, of a tiny model."""
     file = str(tmp_path / "words.gguf")
-    sizes = dict(n_layer=1, n_embd=32, n_head=2, n_kv_head=2, ffn_dim=32)
-    gguf_model.save(LLaMA(tiny(vocab_size=size, **sizes)), file, "f16", like, encoding)
+    sizes = dict(n_layer=1, n_embd=32, n_head=2, n_kv_head=2, ffn_dim=32, vocab_size=600)
+    gguf_model.save(LLaMA(tiny(**sizes | fields)), file, "f16", like, encoding)
     return file
 
 
@@ -351,6 +355,71 @@ def test_a_llama_2_tokenizer_has_scores(tmp_path, sentencepiece):
         ours = get_tokenizer(folder)
         for t in (SPLIT_SAMPLE, "the film  is good", "a"):
             assert theirs(t, add_special_tokens=False).input_ids == ours.encode_ordinary(t)
+
+
+def test_a_gemma_tokenizer_starts_no_text_with_a_space(tmp_path, sentencepiece):
+    like, whole = sentencepiece
+    vocab = get_tokenizer(like).vocabulary
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2} | {t: i for t, i in vocab.items() if i > 2}
+    merges = get_json(whole)["model"]["merges"]
+    tokenizer = GemmaTokenizer(vocab=vocab | {"<unk>": len(vocab)}, merges=list(map(tuple, merges)))
+    tokenizer.add_tokens(["\u2581\u2581\u2581", "<unused1>"])
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    gemma = dict(architecture="Gemma2ForCausalLM", activation="gelu", tie_embedding=True)
+    gemma |= dict(post_norms=True, attn_softcap=50.0, logit_softcap=30.0)
+    file = written(tmp_path, str(tmp_path / "gemma"), **gemma)
+    said = fields(file)
+    assert said["tokenizer.ggml.add_space_prefix"] is False
+    assert "   " in said["tokenizer.ggml.tokens"]  # which is sought in the text as it is
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="words.gguf")
+    ours = get_tokenizer(str(tmp_path / "gemma"))
+    for t in ("the film  is good<unused1>", " is", "a 12\n\n", "日本"):
+        assert theirs(t, add_special_tokens=False).input_ids == ours.encode_ordinary(t)
+
+
+def get_json(folder):
+    with open(os.path.join(folder, "tokenizer.json")) as f:
+        return json.load(f)
+
+
+def test_a_run_from_scratch_has_its_encoding_in_the_file(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b" th": 257, b"the": 258}
+    special = {"<|endoftext|>": 259}
+    pattern = GPT2_SPLIT.replace("+", "++").replace(r"\s++(?!\S)", r"\s+(?!\S)")
+    mine = tiktoken.Encoding(
+        "mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+    file = written(tmp_path, encoding=mine)
+    assert fields(file)["tokenizer.ggml.pre"] == "gpt-2"
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="words.gguf")
+    ids = theirs("the  théor 12\n", add_special_tokens=False).input_ids
+    assert ids == mine.encode_ordinary("the  théor 12\n")
+    assert theirs.eos_token == "<|endoftext|>"
+    with pytest.raises(ValueError, match="bytes: has no merges"):
+        gguf_model.save(LLaMA(tiny(vocab_size=257)), file + "2", encoding=get_encoding("bytes"))
+
+
+def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
+    def said(bpe):
+        with pytest.raises(ValueError) as e:
+            written(tmp_path, put_tokenizer(tmp_path / "like", bpe))
+        assert not (tmp_path / "words.gguf").exists()
+        return str(e.value)
+
+    assert "splits text as none of those" in said(byte_level(["[a-m]+|[^a-m]+"], merges=MERGES))
+    bpe = byte_level(merges=MERGES)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    assert "spells no bytes" in said(bpe)
+    vocab = [(letter, -1.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([*vocab, ("<|end|>", 0.0)]))
+    assert "is a Unigram tokenizer" in said(unigram)
+    with pytest.raises(ValueError, match="holds the tokenizer"):
+        written(tmp_path)
+    (tmp_path / "ranks").mkdir()
+    lines = [b"%s %d\n" % (base64.b64encode(bytes([b])), b) for b in range(256)]
+    (tmp_path / "ranks/tokenizer.model").write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match="takes tokenizer.json"):
+        written(tmp_path, str(tmp_path / "ranks"))
 
 
 @pytest.fixture

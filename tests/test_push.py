@@ -54,7 +54,8 @@ class Hub(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 content = base64.b64decode(entry["value"]["content"])
                 self.server.repositories[name][entry["value"]["path"]] = content
-        self.reply({"commitUrl": f"{constants.ENDPOINT}/{name}/commit/1", "commitOid": "1" * 40, "success": True})
+        url = f"{constants.ENDPOINT}/{name}/commit/1"
+        self.reply({"commitUrl": url, "commitOid": "1" * 40, "success": True})
 
     def reply(self, value, status=200, headers=()):
         self.send_response(status)

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def scripted(enc, *answers):
-    """A `say` that gives these answers, one a turn; the prompts that it got are in `say.prompts`."""
+    """A `say` that gives these answers, one a turn; its `prompts` are what it got."""
     left = list(answers)
 
     def say(idx, n, caches=None):
