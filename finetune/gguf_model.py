@@ -15,6 +15,7 @@ llama.cpp's code fixes for each architecture what config.json may say: an activa
 windows. KINDS says what that is, and another model is refused. It has one line an architecture.
 """
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -90,6 +91,7 @@ def save(model, path, weights="q8_0", like=None, encoding=None):
         with replacing(path) as f:
             writer = gguf.GGUFWriter(f.name, kind.name)
             try:
+                writer.add_name(os.path.basename(path).removesuffix(".gguf"))
                 _describe(writer, c, kind, weights)
                 for key, value in words.items():
                     getattr(writer, f"add_{key}")(value)

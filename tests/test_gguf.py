@@ -8,6 +8,7 @@ transformers' own reader of such files is the judge, where it knows the architec
 import base64
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -165,6 +166,62 @@ def test_tensors_put_back_by_hand_are_the_model(kind, tmp_path):
     assert 0 < (logits(theirs, text()) - expected).std() < 5e-3 * expected.std()
     said = fields(str(tmp_path / "x.gguf"))
     assert said["general.architecture"] == kind.replace(" ", "")
+
+
+SERVE = """
+import json, sys, urllib.request, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path = sys.argv[1]
+p.n_ctx = 128
+p.cpuparams.n_threads = 1
+p.warmup = False
+p.n_parallel = 1
+server = xllamacpp.Server(p)
+for path, body in json.load(sys.stdin):
+    head = {"Content-Type": "application/json"}
+    body = json.dumps(body).encode()
+    request = urllib.request.Request(server.listening_address + path, body, head)
+    print(urllib.request.urlopen(request).read().decode(), flush=True)
+"""
+
+
+def llama_cpp(file, *requests):
+    """What llama.cpp's server answers to (path, body)s, with this file."""
+    args = [sys.executable, "-c", SERVE, file]
+    result = subprocess.run(args, input=json.dumps(requests), capture_output=True, text=True)
+    answers = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(requests), result.stderr
+    return answers
+
+
+# one of each architecture, with the fields that change what it computes
+KINDS = ["llama 3.1's rope", "linear rope", "mistral, no window", "phi 3", "qwen 2", "qwen 3",
+         "smollm 3", "olmo 2", "gemma", "gemma 2", "gemma 3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_the_same(kind, tmp_path):
+    """Its tokens are ours, and its log-probabilities in float16."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    _, path = checkpoint(tmp_path, kind, max_position_embeddings=128)
+    ours = hf.load(path, 16, torch.float32)
+    file = str(tmp_path / "x.gguf")
+    gguf_model.save(ours, file, "f16", path)
+    prompts = [text(1, n, seed=n)[0].tolist() for n in (20, 40, 60)]
+    asked = [["/tokenize", {"content": SPLIT_SAMPLE, "add_special": False, "parse_special": False}]]
+    for prompt in prompts:
+        asked.append(["/completion", {"prompt": prompt, "n_predict": 1, "n_probs": 300}])
+    tokens, *completions = llama_cpp(file, *asked)
+    assert tokens["tokens"] == get_tokenizer(path).encode_ordinary(SPLIT_SAMPLE)
+    seen = 0
+    for prompt, completion in zip(prompts, completions):
+        expected = logits(ours, torch.tensor([prompt]))[0, -1].log_softmax(-1)
+        # there are none where the token that it draws is an end token
+        for drawn in completion.get("completion_probabilities", []):
+            for token in drawn["top_logprobs"]:
+                assert abs(token["logprob"] - expected[token["id"]]) < 0.06
+                seen += 1
+    assert seen >= 290
 
 
 @pytest.mark.parametrize("group_size", [0, 16])
