@@ -1,9 +1,9 @@
 """
 Pretrained checkpoints: in, tuned, judged and out again. The core never imports this room.
 
-    hf.py                 Hugging Face checkpoints out, and in: hf_load.py
+    hf.py                 Hugging Face checkpoints out, and in: hf_load.py; push.py: to the hub
     architectures.py      those that there are; hf_config.py: what a config.json says
-    hf_files.py           safetensors files
+    gguf_model.py         for llama.cpp; gguf_tokenizer.py; hf_files.py: safetensors files
     fields.py, paths.py   the fields of a stranger's JSON; where checkpoints lie
     tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template
     hf_tokenizer.py       the tokenizer of an export
