@@ -73,6 +73,7 @@ from run.text import first_line
 
 Example = collections.namedtuple("Example", "tokens flags")  # uint32 and uint8, (length,) each
 MAKER = "finetune.prepare_sft"
+SETTINGS = "block_size columns prompt completion labels val_fraction packing seed".split()
 
 
 def main(s):
@@ -84,6 +85,20 @@ def main(s):
 
 def prepare_sft(s):
     """Make the two shards that the settings describe (see above)."""
+    prompt, completion, words, chat = templates(s)
+
+    def make(enc, record):
+        made = example(enc, record, prompt, completion, words, chat)
+        return made, not_in_example(enc, record, prompt, completion, chat)
+
+    prepare(s, MAKER, SETTINGS, make, shorten)
+
+
+def prepare(s, maker, shown, make, shorten, unit="example"):
+    """Make shards of what the records in s.input make.
+
+    maker: the script. shown: the names of the settings that change what is in the shards. make(enc,
+    record), shorten(examples, size): see read_examples() and shorten(). unit: what one is called."""
     # what can be wrong before anything is read
     if not s.out_dir:
         raise SystemExit("error: out_dir is empty: name the folder for the shards")
@@ -91,22 +106,21 @@ def prepare_sft(s):
     for path in paths:
         table_or_json(path)
     out_dir = os.path.expanduser(s.out_dir)
-    templates(s)
     enc = get_encoding(os.path.expanduser(s.encoding))
-    made = facts_of(s, paths, enc)
+    made = facts_of(s, paths, enc, maker, shown)
     check_folder(out_dir, names_of(s, paths), made)
 
     # examples, each as long as a row at most
-    found = read_examples(paths, enc, s)
+    found = read_examples(paths, enc, s.columns, make)
     examples, truncated, dropped = shorten(found, s.block_size + 1)
     if not examples:
         raise SystemExit(
-            f"error: {s.input}: no usable example ({dropped} longer than block_size {s.block_size})"
+            f"error: {s.input}: no usable {unit} ({dropped} longer than block_size {s.block_size})"
         )
     splits, repeats = split(examples, s.val_fraction, s.seed)
     if 0 < s.val_fraction < 1 and not (splits["val"] and splits["train"]):
         raise SystemExit(
-            f"error: {s.input}: {len(examples)} examples, of them {len(examples) - repeats} "
+            f"error: {s.input}: {len(examples)} {unit}s, of them {len(examples) - repeats} "
             "different, are too few to split; set --val_fraction=0"
         )
 
@@ -129,13 +143,13 @@ def prepare_sft(s):
     count = sum(len(e.tokens) for e in examples)
     full = count / summary["room"]
     print(
-        f"{out_dir}: {len(examples):,} examples ({len(splits['val']):,} for validation), "
+        f"{out_dir}: {len(examples):,} {unit}s ({len(splits['val']):,} for validation), "
         f"{count:,} tokens, {summary['loss']:,} in the loss, "
         f"{summary['rows']:,} rows of {s.block_size + 1}, {full:.1%} full; "
         f"{truncated:,} truncated, {dropped:,} dropped: too long"
     )
     if repeats:
-        print(f"{repeats:,} examples repeat another: all of a kind are on one side of the split")
+        print(f"{repeats:,} {unit}s repeat another: all of a kind are on one side of the split")
 
 
 def split(examples, val_fraction, seed):
@@ -175,10 +189,9 @@ def names_of(s, paths):
     return names
 
 
-def facts_of(s, paths, enc):
-    """What shards.json says of them (see run/manifest.py)."""
-    settings = {"maker": MAKER}
-    shown = "block_size columns prompt completion labels val_fraction packing seed".split()
+def facts_of(s, paths, enc, maker, shown):
+    """What shards.json says of them (see run/manifest.py); maker, shown: as in prepare()."""
+    settings = {"maker": maker}
     settings |= {name: getattr(s, name) for name in shown}
     try:
         sources = [source(path) for path in paths]
@@ -378,15 +391,27 @@ def example(enc, record, prompt="{prompt}", completion="{completion}", words=(),
     chat: a record with "messages" is a conversation. The rest: as in prompt_and_completion. Raises
     ValueError, or KeyError, if it makes none."""
     if chat and "messages" in record:
-        if not isinstance(enc, Tokenizer) or enc.chat_template is None:
-            raise SystemExit(
-                "the encoding has no chat template; messages need an instruct model's checkpoint, "
-                "or --prompt and --completion"
-            )
+        check_template(enc, "--prompt and --completion")
         pieces = conversation(enc, record["messages"], template_fields(enc, record))
+        return of_pieces(enc, pieces, is_chat=True)
+    return of_pieces(enc, prompt_and_completion(record, prompt, completion, words), is_chat=False)
+
+
+def check_template(enc, otherwise):
+    """Exit with one line if an encoding has no chat template. otherwise: flags that need none."""
+    if not isinstance(enc, Tokenizer) or enc.chat_template is None:
+        raise SystemExit(
+            "the encoding has no chat template; messages need an instruct model's checkpoint, "
+            f"or {otherwise}"
+        )
+
+
+def of_pieces(enc, pieces, is_chat):
+    """The Example of a text in pieces [(text, whether it counts)]. is_chat: a template wrote it,
+    with its special tokens; else an end-of-text token follows."""
+    if is_chat:
         ids, flags = encode(enc.encode_with_special, pieces)
     else:
-        pieces = prompt_and_completion(record, prompt, completion, words)
         ids, flags = encode(enc.encode_ordinary, pieces)
         ids = [*ids, enc.eot_token]
         flags = [*flags, IN_LOSS]
@@ -399,24 +424,24 @@ def example(enc, record, prompt="{prompt}", completion="{completion}", words=(),
     return Example(np.array(ids, np.uint32), np.array(flags, np.uint8))
 
 
-def read_examples(paths, enc, s):
-    """Yield the examples in all files, by the settings columns, prompt, completion and labels.
+def read_examples(paths, enc, columns, make):
+    """Yield the examples in all files. make(enc, record): (the Example, what of it is not in that);
+    raises ValueError, or KeyError, if it makes none.
 
     Says of each file what was left out, and what of its records is in no example."""
-    prompt, completion, words, chat = templates(s)
     for path in paths:
         total = 0
         skipped = Skipped()
         not_used = Skipped()
-        found = records(path, s.columns)
+        found = records(path, columns)
         progress = Progress(os.path.basename(path), unit="records")
         for where, record in progress.over(found):
             total += 1
             try:
                 if isinstance(record, ValueError):
                     raise record
-                made = example(enc, record, prompt, completion, words, chat)
-                for what in not_in_example(enc, record, prompt, completion, chat):
+                made, rest = make(enc, record)
+                for what in rest:
                     not_used.add(what, where)
             except KeyError:  # the file's structure is another: all of its records will be so
                 raise SystemExit(

@@ -1,8 +1,9 @@
 """
-Names of things that this project did not make: a Hugging Face directory, or a hub repository.
+What fine-tuning alone needs: a Hugging Face directory or a hub repository, which this project did
+not make, and the loss of preferences.
 
-finetune/ reads these. Neither train.py nor anything else outside of finetune/ imports it: it is
-loaded here, when a user has named such a thing, and not before.
+finetune/ has these. Neither train.py nor anything else outside of finetune/ imports it: it is
+loaded here, when a user has asked for such a thing, and not before.
 """
 
 import importlib
@@ -16,3 +17,8 @@ def checkpoints():
 def tokenizers():
     """finetune/tokenizer.py: get_tokenizer()."""
     return importlib.import_module("finetune.tokenizer")
+
+
+def preferences():
+    """finetune/dpo.py: attach()."""
+    return importlib.import_module("finetune.dpo")
