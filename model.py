@@ -3,8 +3,8 @@ LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
 
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
-Fields of LLaMAConfig make its relatives: Mistral's window over the keys, Qwen2's biases, Gemma's
-gelu, wider heads and scaled embedding, Gemma 2's further norms and soft caps.
+Fields of LLaMAConfig make its relatives, from Mistral's window over the keys to Gemma 3's two kinds
+of RoPE: finetune/architectures.py has what each one is.
 
 Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
 bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte
@@ -22,8 +22,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.attention import all_documents, attend, attention_mask, last, rope, rotate
-from kernels.lean import GLU, INIT_STD, Checkpoint, RMSNorm, plain_embedding, plain_linear  # noqa
+from kernels.attention import all_documents, attend, attention_masks, last, ropes, rotate
+from kernels.lean import (GLU, INIT_STD, Checkpoint, NoNorm, RMSNorm, plain_embedding,  # noqa
+                          plain_linear, qk_norm)
 from kernels.loss import head_logits, head_loss
 from kernels.matmul import matmul_int8, matmul_transposed_int8
 from quant import (GROUP_SIZE, add_low_rank_int8_, chunks, dequantize_int8, dequantize_nf4,
@@ -254,6 +255,8 @@ class LLaMAConfig:
     ffn_dim: int = 1376
     rope_theta: float = 10000.0
     rope_scaling: str = ""  # see rope()
+    rope_local_theta: float = 0.0  # of layers with a window, plain RoPE; 0: the same as of others
+    nope_every: int = 0  # every n-th layer has no RoPE; 0: all have
     norm_eps: float = 1e-6
     tie_embedding: bool = False
     head_dim: int = 0  # 0: n_embd / n_head
@@ -263,7 +266,9 @@ class LLaMAConfig:
     attn_scale: float = 0.0  # of q k^T; 0: head_dim^-1/2
     attn_softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: they stay
     logit_softcap: float = 0.0
-    post_norms: bool = False  # norms after attention and MLP, too
+    qk_norm: str = ""  # of queries and keys: of each "head", or of "all" at once; "": none
+    pre_norms: bool = True  # norms before attention and MLP
+    post_norms: bool = False  # and after them
     sliding_window: int = 0  # keys that a token sees, itself among them; 0: all before it
     global_every: int = 0  # with a window: every n-th layer sees all keys; 0: none does
     low_rank: str = ""  # matrices replaced by two factors after the build, see finetune/adapters.py
@@ -284,7 +289,7 @@ class LLaMAConfig:
 
 
 class Attention(nn.Module):
-    def __init__(self, c, linear):
+    def __init__(self, c, linear, device=None):
         super().__init__()
         self.n_head = c.n_head
         self.n_kv_head = c.n_kv_head
@@ -296,11 +301,12 @@ class Attention(nn.Module):
         self.k_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.v_proj = linear(c.n_embd, c.n_kv_head * c.head_dim, c.qkv_bias)
         self.o_proj = linear(c.n_head * c.head_dim, c.n_embd)
+        self.q_norm, self.k_norm = (qk_norm(c, n, device) for n in (c.n_head, c.n_kv_head))
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        q = self.q_norm(self.q_proj(x)).view(B, T, self.n_head, self.head_dim)
+        k = self.k_norm(self.k_proj(x)).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         q, k = rotate(q, k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs), (B, nk, T, hs)
@@ -333,9 +339,10 @@ class Block(nn.Module):
         norm = partial(RMSNorm, c.n_embd, c.norm_eps, device)
         is_global = c.global_every and (number + 1) % c.global_every == 0
         self.slides = bool(c.sliding_window) and not is_global
-        self.attn_norm = norm()
-        self.attn = Attention(c, linear)
-        self.mlp_norm = norm()
+        self.rotates = not c.nope_every or (number + 1) % c.nope_every != 0
+        self.attn_norm = norm() if c.pre_norms else NoNorm()
+        self.attn = Attention(c, linear, device)
+        self.mlp_norm = norm() if c.pre_norms else NoNorm()
         self.mlp = MLP(c, linear)
         self.attn_post_norm = norm() if c.post_norms else nn.Identity()
         self.mlp_post_norm = norm() if c.post_norms else nn.Identity()
@@ -380,11 +387,10 @@ class LLaMA(nn.Module):
         if caches:
             documents = all_documents(caches[0], documents, len(idx), past, T, c.block_size)
         most = c.block_size if past else T  # keys that a token may see
-        masks = []  # of all keys, of a window
-        for window in (most, c.sliding_window or most):
-            masks.append(attention_mask(past, T, min(most, window), documents, x.device))
-        cos_sin = rope(position, T, c, x)
-        return x, [(*cos_sin, masks[block.slides]) for block in self.blocks]
+        # of layers that see all keys, of those that have a window
+        masks = attention_masks(past, T, most, c.sliding_window, documents, x.device)
+        angles = ropes(position, T, c, x)
+        return x, [(*angles[b.slides if b.rotates else None], masks[b.slides]) for b in self.blocks]
 
     def hidden(self, idx, caches=None, position=0, documents=None):
         """The last norm's output (B, T, C) for tokens idx (B, T) int64.

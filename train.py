@@ -271,7 +271,8 @@ class Run:
         return loss
 
     def on_device(self, batch):
-        return [t if t is None else t.to(self.s.device, non_blocking=True) for t in batch]
+        x, y, documents = batch  # documents are read on the host
+        return *(t.to(self.s.device, non_blocking=True) for t in (x, y)), documents
 
     @torch.no_grad()
     def evaluate(self):

@@ -1,78 +1,98 @@
 """
 Conversations of chat records, as a checkpoint's chat template writes them.
 
-A record has "messages", [{"role", "content"}], and what else the template asks for by name, such as
-"tools". conversation() gives its text in pieces, of which what the assistant says counts in the
+A record has messages (finetune/messages.py), and what else the template asks for by name, such as
+"tools". conversations() gives its text in pieces, of which what the assistant says counts in the
 loss; unused() tells what of it the template does not write.
 """
 
-import contextlib
 import re
 
-from run.files import parse_json
+from finetune.messages import as_json, key_of, messages_of, plain
+
+
+class Rewritten(SystemExit):
+    """A chat template writes a turn otherwise once others follow."""
+
+
+def conversations(enc, messages, fields=None):
+    """Conversations of a record, each as conversation() gives it: one, or one an answer.
+
+    Some templates write an earlier turn otherwise once a later one follows: Qwen3's leaves out
+    what was thought. Then each answer comes in a conversation that ends with it, in which it alone
+    counts: so the model has it before it when it is to answer. Raises as conversation() does."""
+    try:
+        return [conversation(enc, messages, fields)]
+    except Rewritten:
+        messages = plain(messages)
+        return [_up_to(enc, messages[: i + 1], fields) for i in _answers(messages)]
 
 
 def conversation(enc, messages, fields=None):
     """[(text, whether it counts)] of one conversation.
 
     fields: what else the chat template gets, such as tools. What counts is all that the assistant
-    says, with the token that ends it. Raises ValueError if the messages are none, and KeyError if
-    one has no role."""
+    says, with the token that ends it. Raises ValueError if the messages are none, KeyError if one
+    has no role, and Rewritten if the answers cannot be found in the text."""
     messages = plain(messages)
     answers = _answers(messages)
     whole = enc.render(messages, fields=fields)
     pieces = []
     at = 0  # where the next piece starts in `whole`
     for i in answers:
-        # an answer lies between what is written up to its start and what is written through it
-        before = enc.render(messages[:i], add_generation_prompt=True, fields=fields)
-        through = enc.render(messages[: i + 1], fields=fields)
-        one_by_one = through.startswith(before) and whole.startswith(through)
-        if not one_by_one or len(before) < at:
-            raise SystemExit(
-                f"message {i + 1}: the chat template of {enc.name} does not write a conversation "
-                "message by message, so that what the assistant says cannot be found in it"
-            )
-        end = len(through)
-        # many templates write a newline after the end token, which nobody needs to learn
-        stripped = through.rstrip()
-        if stripped.endswith(tuple(enc.special)):
-            end = len(stripped)
-        said = whole[len(before) : end]
-        if not re.sub("|".join(map(re.escape, enc.special)), "", said).strip():
-            raise ValueError("the assistant says nothing that the chat template writes")
-        pieces.append((whole[at : len(before)], False))
-        pieces.append((said, True))
+        start, end = _answer(enc, messages, i, whole, fields, at)
+        pieces.append((whole[at:start], False))
+        pieces.append((whole[start:end], True))
         at = end
     pieces.append((whole[at:], False))
     return pieces
 
 
-def plain(messages):
-    """`messages` with contents as one text each, where they are lists of parts, or None.
-
-    Raises ValueError if they are no messages, or a part is no text."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError('its messages are no list of {"role", "content"}')
-    return [_with_one_text(message) for message in messages]
+def _up_to(enc, messages, fields):
+    """The same of messages that end with an answer, of which this one alone counts."""
+    whole = enc.render(messages, fields=fields)
+    start, end = _answer(enc, messages, len(messages) - 1, whole, fields)
+    return [(whole[:start], False), (whole[start:end], True), (whole[end:], False)]
 
 
-def _with_one_text(message):
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return message | {"content": ""}  # templates join it to texts
-    if not isinstance(content, list):
-        return message
-    texts = []
-    for part in content:
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif isinstance(part, str):
-            texts.append(part)
-        else:
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"a part of a message's content is not a text but {kind!r}")
-    return message | {"content": "".join(texts)}
+def _answer(enc, messages, i, whole, fields, at=0):
+    """(start, end) of what the assistant says in message i, in `whole`, not before the place `at`.
+
+    Raises ValueError if that is nothing, and Rewritten."""
+    # an answer lies between what is written up to its start and what is written through it
+    before = enc.render(messages[:i], add_generation_prompt=True, fields=fields)
+    through = whole
+    if i + 1 < len(messages):
+        through = enc.render(messages[: i + 1], fields=fields)
+    if not whole.startswith(through):
+        through = _without_last_end(enc, through)
+    one_by_one = through.startswith(before) and whole.startswith(through)
+    if not one_by_one or len(before) < at:
+        raise Rewritten(
+            f"message {i + 1}: the chat template of {enc.name} does not write a conversation "
+            "message by message, so that what the assistant says cannot be found in it"
+        )
+    end = len(through)
+    # many templates write a newline after the end token, which nobody needs to learn
+    stripped = through.rstrip()
+    if stripped.endswith(tuple(enc.special)):
+        end = len(stripped)
+    said = whole[len(before) : end]
+    if not re.sub("|".join(map(re.escape, enc.special)), "", said).strip():
+        raise ValueError("the assistant says nothing that the chat template writes")
+    return len(before), end
+
+
+def _without_last_end(enc, text):
+    """A text without the token that ends it, if another token ends what is before.
+
+    Phi's templates end a text by <|endoftext|>, after the <|end|> of its last message."""
+    ends = tuple(enc.special)
+    for token in ends:
+        before = text.rstrip().removesuffix(token)
+        if before != text.rstrip() and before.rstrip().endswith(ends):
+            return before
+    return text
 
 
 def _answers(messages):
@@ -99,10 +119,10 @@ def template_fields(enc, record):
         if name in enc.template_names and name not in ("messages", "add_generation_prompt"):
             fields[name] = value
     for name in ("tools", "documents"):
-        if isinstance(fields.get(name), str):  # data sets whose columns have one type spell it so
-            with contextlib.suppress(ValueError):
-                fields[name] = parse_json(fields[name])
-        if name in fields and not isinstance(fields[name], list):
+        if name not in fields:
+            continue
+        fields[name] = as_json(fields[name])
+        if not isinstance(fields[name], list):
             raise ValueError(f"its {name} are no list")
     return fields
 
@@ -111,10 +131,13 @@ def unused(enc, record):
     """What of a record that made an example is not in it, a list of short texts."""
     record = without_nothing(record)
     fields = template_fields(enc, record)
-    found = [f"the field {name!r}" for name in record if name not in fields and name != "messages"]
+    messages = plain(messages_of(record, fields))
+    taken = {key_of(record), *fields}
+    if messages[0] == {"role": "system", "content": record.get("system")}:
+        taken.add("system")
+    found = [f"the field {name!r}" for name in record if name not in taken]
 
     # of the messages: what changes nothing in what the template writes
-    messages = plain(record["messages"])
     whole = enc.render(messages, fields=fields)
 
     def changes(others):

@@ -72,7 +72,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from finetune.prepare_sft import encode
+from finetune.examples import encode
 from finetune.tokenizer import Tokenizer
 from prepare_c4 import encode_long
 from run.checkpoint import checkpoint_paths, load_model

@@ -1,5 +1,5 @@
 """
-Hugging Face checkpoints in and out: LLaMA, SmolLM2, Mistral, Gemma, Gemma 2 and Qwen2.
+Hugging Face checkpoints in and out, of all that architectures.py lists.
     python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-tuned
     python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-int8 --int8=True
 
@@ -43,10 +43,11 @@ import tiktoken
 import torch
 from safetensors import SafetensorError
 
+from finetune.architectures import ARCHITECTURES
 from finetune.hf_config import config_json, described, settings  # noqa: F401
 from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
-from finetune.hf_load import (INT8_NAMES, hf_names, int8_names, is_gemma, load,  # noqa: F401
-                              load_weights)
+from finetune.hf_load import (INT8_NAMES, fused, hf_names, int8_names, load, load_weights,  # noqa: F401
+                              norm_offset)
 from finetune.hf_tokenizer import copy_tokenizer, tokenizer_files, write_tokenizer
 from model import QLinear, QMatrix, RMSNorm
 from run.checkpoint import load_model
@@ -75,7 +76,8 @@ def save(model, path, like=None, int8=False, dtype=torch.bfloat16, encoding=None
         quantized = {"quant_method": "qgalore", "bits": 8, "group_size": group_size}
         config["quantization_config"] = quantized
     check = partial(_check_described, model.config, bool(like))
-    write(path, config, _tensors(model, int8, dtype), like, check, encoding)
+    tensors = fused(_tensors(model, int8, dtype), ARCHITECTURES[model.config.architecture])
+    write(path, config, tensors, like, check, encoding)
 
 
 def _int8_group_size(model):
@@ -114,8 +116,8 @@ def _tensors(model, int8, dtype):
             yield name.removesuffix("u") + "weight", module.float_weight(dtype)
         elif kind != "v":  # an embedding, a norm, a bias
             t = getattr(module, kind).detach()
-            if isinstance(module, RMSNorm) and is_gemma(model):
-                t = t - 1
+            if isinstance(module, RMSNorm):
+                t = t - norm_offset(model)
             yield name, t if int8 else t.to(dtype)
 
 

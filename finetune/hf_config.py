@@ -9,19 +9,11 @@ import json
 import os
 
 from finetune.adapters import parse_ranks
+from finetune.architectures import ARCHITECTURES, WITH_IMAGES
 from finetune.fields import Fields, read_json, shown
 from finetune.hf_files import EMBEDDING, HEAD, alike, has_weights, shapes, tensor_files
 from model import LLaMAConfig
 from run.text import first_line
-
-# what transformers calls a model's class, and its kind
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Qwen2ForCausalLM": "qwen2",
-}
 
 # the numbers that each kind of RoPE scaling has, in the order of LLaMAConfig.rope_scaling
 ROPE = {
@@ -46,32 +38,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu",
 }
 
-# transformers' own defaults, where a config.json need not say
-DEFAULTS = {
-    "MistralForCausalLM": {"sliding_window": 4096, "num_key_value_heads": 8},
-    "GemmaForCausalLM": {
-        "head_dim": 256,
-        "num_key_value_heads": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-    },
-    "Gemma2ForCausalLM": {
-        "head_dim": 256,
-        "num_key_value_heads": 4,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,  # attention's scale is its root's inverse
-        "attn_logit_softcapping": 50,
-        "final_logit_softcapping": 30,
-    },
-    "Qwen2ForCausalLM": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-}
-
 # the fields that are sizes, and the most that a model may have, which it is built for
 SIZES = {
     "block_size": ("max_position_embeddings", 2**31 - 1),
@@ -80,6 +46,11 @@ SIZES = {
     "n_head": ("num_attention_heads", 2**16),
     "n_embd": ("hidden_size", 2**20),
     "ffn_dim": ("intermediate_size", 2**22),
+}
+
+SOFTCAPS = {
+    "attn_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
 }
 
 # what changes the logits, and model.py does not have: supported is the first value, or none
@@ -121,9 +92,13 @@ def described(path):
     where = os.path.join(path, "config.json")
     c = Fields(read_json(path, "config.json"), where)
     name = _architecture(c)
-    c = Fields(DEFAULTS.get(name, {}) | c.found, where)
-    _check_supported(c)
-    found = _fields(c, name)
+    if name in WITH_IMAGES:
+        name = WITH_IMAGES[name][1]
+        c = c.object("text_config")
+    arch = ARCHITECTURES[name]
+    c = Fields(arch.reads | c.found, c.where)
+    _check_supported(c, arch)
+    found = {"architecture": name, **_fields(c, arch)}
     try:
         parse_ranks(found.get("low_rank", ""))  # raises for what is no rank
         LLaMAConfig(**found)  # raises for heads that do not fit
@@ -135,12 +110,14 @@ def described(path):
 def _architecture(c):
     """The model's class; config.json names it, and its kind."""
     name = next(iter(c.list("architectures", [])), "none")
-    if name not in list(ARCHITECTURES):  # a list, as the name may be whatever JSON has
-        known = ", ".join(ARCHITECTURES)
+    kinds = {known: arch.kind for known, arch in ARCHITECTURES.items()}
+    kinds |= {known: kind for known, (kind, _) in WITH_IMAGES.items()}
+    if name not in list(kinds):  # a list, as the name may be whatever JSON has
+        known = ", ".join(kinds)
         raise ValueError(
             f"{c.where}: architecture {shown(name)} is not supported; there are {known}"
         )
-    kind = ARCHITECTURES[name]
+    kind = kinds[name]
     if c.text("model_type", kind) != kind:  # which transformers goes by
         c.refuse("model_type", f"{kind}, as the architecture is {name}")
     return name
@@ -163,14 +140,14 @@ def _check_sizes(path, found, held):
         theirs = shapes(held, [name])[name]
         if theirs != ours:
             raise ValueError(
-                f"{held[name]}: tensor {name} is {theirs}, config.json says vocab_size and "
+                f"{held[name].file}: tensor {name} is {theirs}, config.json says vocab_size and "
                 f"hidden_size {ours}"
             )
 
 
-def _check_supported(c):
+def _check_supported(c, arch):
     """Raise ValueError if config.json's object c has something that model.py lacks."""
-    kind, numbers = _rope(c)
+    kind, numbers = _rope(c, arch)
     # transformers 5 may give each kind of layer its own
     if any(isinstance(value, dict) for value in numbers.found.values()):
         numbers.refuse("rope_type", "one kind of RoPE for all layers")
@@ -195,20 +172,36 @@ def _check_supported(c):
             quantized.refuse("group_size", "0 or a power of two")
 
 
-def _rope(c):
+def _rope(c, arch):
     """(kind of RoPE scaling, the Fields with its numbers): version 4's, or transformers 5's."""
     numbers = c.object("rope_scaling")  # which goes first in both versions
     if not numbers.found:
         numbers = c.object("rope_parameters")
+        if "rope_local_base_freq" in arch.reads:  # one for each kind of layers
+            numbers = numbers.object("full_attention")
     kind = numbers.text("rope_type", None) or numbers.text("type", "default")
     return kind, numbers
 
 
-def _rope_scaling(c):
-    """LLaMAConfig.rope_scaling, like "linear 2.5"; "" is plain RoPE."""
-    kind, numbers = _rope(c)
+def _rope_fields(c, arch):
+    """LLaMAConfig's fields of RoPE; its scaling is like "linear 2.5", "" is plain RoPE."""
+    kind, numbers = _rope(c, arch)
+    found = {
+        "rope_theta": float(numbers.number("rope_theta", c.number("rope_theta", 1e4))),
+        "rope_scaling": "",
+        "rope_local_theta": 0.0,
+        "nope_every": _nope_every(c, arch),
+    }
+    if "rope_local_base_freq" in arch.reads:
+        local = c.object("rope_parameters").object("sliding_attention")
+        if local.text("rope_type", "default") != "default":
+            local.refuse("rope_type", "default: no other is supported")
+        theta = local.number("rope_theta", c.number("rope_local_base_freq"))
+        found["rope_local_theta"] = float(theta)
     if kind == "default":
-        return ""
+        return found
+
+    # the numbers of its scaling
     length = c.whole("original_max_position_embeddings", None)  # goes before that of the object
     if length is None:
         length = c.whole("max_position_embeddings")
@@ -218,64 +211,77 @@ def _rope_scaling(c):
     values = [numbers.number(key) for key in ROPE[kind]]
     if kind == "llama3" and not values[1] < values[2]:
         numbers.refuse("high_freq_factor", "a number above low_freq_factor")
-    return " ".join([kind, *map(str, values)])
+    found["rope_scaling"] = " ".join([kind, *map(str, values)])
+    return found
 
 
-def _activation(c, name):
+def _nope_every(c, arch):
+    """LLaMAConfig.nope_every: by a list of 1 and 0, else by the interval."""
+    if "no_rope_layer_interval" not in arch.reads:
+        return 0
+    every = c.whole("no_rope_layer_interval")
+    n_layer = c.whole("num_hidden_layers")
+    listed = c.list("no_rope_layers", None)
+    if listed is not None:  # of which the others may be more
+        rotates = listed[:n_layer]
+        every = rotates.index(0) + 1 if 0 in rotates else n_layer + 1
+        if rotates != [int((i + 1) % every != 0) for i in range(n_layer)]:
+            c.refuse("no_rope_layers", "a 0 at every n-th of the layers, 1 at the others")
+    return every if every <= n_layer else 0
+
+
+def _activation(c, arch):
     """LLaMAConfig.activation."""
-    key = "hidden_activation" if name == "Gemma2ForCausalLM" else "hidden_act"
-    given = c.text(key, "gelu_pytorch_tanh" if key == "hidden_activation" else "silu")
-    if given == "gelu" and name == "GemmaForCausalLM":
-        return "gelu"  # the first Gemma's files mean the tanh formula by it
-    if given not in ACTIVATIONS:
-        c.refuse(key, "one that is supported: " + ", ".join(ACTIVATIONS))
-    return ACTIVATIONS[given]
+    key = "hidden_activation" if "hidden_activation" in arch.reads else "hidden_act"
+    given = c.text(key, "silu")
+    known = ACTIVATIONS | {"gelu": arch.gelu}
+    if given not in known:
+        c.refuse(key, "one that is supported: " + ", ".join(known))
+    return known[given]
 
 
-def _fields(c, name):
+def _fields(c, arch):
     """LLaMAConfig's fields of config.json's Fields c."""
-    found = {"architecture": name}
+    found = {}
     for field, (key, most) in SIZES.items():
         found[field] = c.whole(key, most=most)
     heads = found["n_head"]
     width = found["n_embd"]
-    window, every = _sliding_window(c, name, found["n_layer"])
-    _, numbers = _rope(c)
+    window, every = _sliding_window(c, arch, found["n_layer"])
     found |= {
         "n_kv_head": c.whole("num_key_value_heads", heads, most=heads),  # all: not grouped
-        "rope_theta": float(numbers.number("rope_theta", c.number("rope_theta", 1e4))),
-        "rope_scaling": _rope_scaling(c),
         "norm_eps": float(c.number("rms_norm_eps", 1e-6)),
         "tie_embedding": c.truth("tie_word_embeddings", False),
         "head_dim": c.whole("head_dim", max(1, width // heads), most=2**16),
-        "activation": _activation(c, name),
-        "qkv_bias": name == "Qwen2ForCausalLM",
-        "embed_scale": 1.0,
+        "activation": _activation(c, arch),
+        "embed_scale": width**0.5 if arch.scaled_embedding else 1.0,
         "attn_scale": 0.0,  # LLaMAConfig's: head_dim^-1/2
-        "post_norms": False,
         "attn_softcap": 0.0,
         "logit_softcap": 0.0,
         "sliding_window": window,
         "global_every": every,
+        "qkv_bias": False,
+        "qk_norm": "",
+        "pre_norms": True,
+        "post_norms": False,
     }
-    if name.startswith("Gemma"):
-        found["embed_scale"] = width**0.5  # the embedding's output is multiplied by it
-    if name == "Gemma2ForCausalLM":
+    found |= _rope_fields(c, arch) | arch.fields
+    if "query_pre_attn_scalar" in arch.reads:
         found["attn_scale"] = c.number("query_pre_attn_scalar") ** -0.5
-        found["post_norms"] = True
-        found["attn_softcap"] = float(c.number("attn_logit_softcapping", 0))
-        found["logit_softcap"] = float(c.number("final_logit_softcapping", 0))
+    for field, key in SOFTCAPS.items():
+        if key in arch.reads:
+            found[field] = float(c.number(key, 0))
     if c.text("low_rank", ""):  # of welore.py
         found["low_rank"] = c.text("low_rank")
     return found
 
 
-def _sliding_window(c, name, n_layer):
+def _sliding_window(c, arch, n_layer):
     """(keys that a token sees in layers that slide, every which layer sees all); 0: none."""
-    if name in ("LlamaForCausalLM", "GemmaForCausalLM"):  # which have none, whatever is said
+    if arch.slides is None:
         return 0, 0
     window = c.whole("sliding_window", 0)
-    if name == "Qwen2ForCausalLM" and not c.truth("use_sliding_window", False):
+    if "use_sliding_window" in arch.reads and not c.truth("use_sliding_window"):
         window = 0
 
     # which layers slide: as listed, else by the architecture's rule
@@ -287,12 +293,8 @@ def _sliding_window(c, name, n_layer):
             c.refuse("layer_types", f"sliding_attention or full_attention, {n_layer} times")
         if any(slides) and not window:
             c.refuse("layer_types", "full_attention alone, as no sliding_window is used")
-    elif name == "Gemma2ForCausalLM":
-        slides = [i % 2 == 0 for i in range(n_layer)]
-    elif name == "Qwen2ForCausalLM":
-        slides = [i >= c.whole("max_window_layers", 0, least=0) for i in range(n_layer)]
-    else:  # Mistral slides in all layers
-        slides = [True] * n_layer
+    else:
+        slides = [arch.slides(c, i) for i in range(n_layer)]
     if not window or not any(slides):
         return 0, 0
 
@@ -300,7 +302,7 @@ def _sliding_window(c, name, n_layer):
     every = slides.index(False) + 1 if False in slides else 0
     if slides != [not every or (i + 1) % every != 0 for i in range(n_layer)]:
         raise ValueError(
-            f"{c.where}: this order of sliding and full attention is not supported ({name})"
+            f"{c.where}: this order of sliding and full attention is not supported ({arch.kind})"
         )
     return window, every
 
@@ -318,11 +320,11 @@ def config_json(c, dtype, like):
     kind, *numbers = c.rope_scaling.split() or ["default"]
     rope = {"rope_type": kind, "rope_theta": c.rope_theta}
     rope.update(zip(ROPE[kind], map(json.loads, numbers)))
-    gemma = c.architecture.startswith("Gemma")
+    arch = ARCHITECTURES[c.architecture]
     activation = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "gelu_erf": "gelu"}[c.activation]
     out = {
         "architectures": [c.architecture],
-        "model_type": ARCHITECTURES[c.architecture],
+        "model_type": arch.kind,
         "hidden_size": c.n_embd,
         "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head,
@@ -337,45 +339,57 @@ def config_json(c, dtype, like):
         "rope_parameters": rope,  # for transformers 5
         "rope_theta": c.rope_theta,  # and for version 4
         "rope_scaling": None if kind == "default" else rope,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # the name in version 4
         "sliding_window": c.sliding_window or None,
         "bos_token_id": None,  # not known here; unsaid, transformers takes 1 and 2
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if gemma:
+    if "hidden_activation" in arch.reads:
         out["hidden_activation"] = activation
-    out |= _attention_json(c)
+    if c.rope_local_theta:
+        local = {"rope_type": "default", "rope_theta": c.rope_local_theta}
+        out["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        out["rope_local_base_freq"] = c.rope_local_theta
+    if c.nope_every or "no_rope_layer_interval" in arch.reads:
+        every = c.nope_every or c.n_layer + 1
+        out["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(c.n_layer)]
+        out["no_rope_layer_interval"] = every
+    out |= _attention_json(c, arch)
     if like:
         where = os.path.join(like, "config.json")
         source = Fields(read_json(like, "config.json", needed=False), where)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             out[key] = source.take(key, (int, list), "a token's number, or several", None)
-        longest = source.whole("max_position_embeddings", c.block_size)
-        out["max_position_embeddings"] = longest
+        key = "max_position_embeddings"
+        if "text_config" in source.found:
+            source = source.object("text_config")
+        out[key] = source.whole(key, arch.reads.get(key, c.block_size))
     return out
 
 
-def _attention_json(c):
-    """What config.json says of the layers' windows, and of Gemma 2's attention."""
+def _attention_json(c, arch):
+    """What config.json says of the layers' windows, and of attention's scale and soft caps."""
     out = {}
-    # Mistral slides in all layers, without a list
-    mistral = c.architecture == "MistralForCausalLM" and not c.global_every
-    if c.post_norms or c.sliding_window and not mistral:
-        every = 1  # all layers see all keys
-        if c.sliding_window:
-            every = c.global_every or c.n_layer + 1
-        out["layer_types"] = [
-            "sliding_attention" if (i + 1) % every else "full_attention" for i in range(c.n_layer)
-        ]
-        if c.qkv_bias:  # Qwen2, which uses its window where it is told to
-            out["use_sliding_window"] = True
-            out["max_window_layers"] = 0
-    if c.post_norms:  # Gemma 2
-        # transformers wants a window there, though no layer slides
+    # transformers wants a window of Gemma 2 and later, though no layer slides
+    if "query_pre_attn_scalar" in arch.reads:
         out["sliding_window"] = c.sliding_window or c.block_size
-        out["attn_logit_softcapping"] = c.attn_softcap or None
-        out["final_logit_softcapping"] = c.logit_softcap or None
-        scalar = round(c.attn_scale**-2) if c.attn_scale else c.head_dim
-        out["query_pre_attn_scalar"] = scalar
+        out["query_pre_attn_scalar"] = round(c.attn_scale**-2) if c.attn_scale else c.head_dim
+    # which layers slide, where the architecture's rule says something else
+    every = c.global_every or c.n_layer + 1
+    if not c.sliding_window:
+        every = 1  # all layers see all keys
+    slides = [(i + 1) % every != 0 for i in range(c.n_layer)]
+    has_window = arch.slides and (c.sliding_window or out)
+    if has_window and slides != [arch.slides(Fields(arch.reads, ""), i) for i in range(c.n_layer)]:
+        out["layer_types"] = [
+            "sliding_attention" if sliding else "full_attention" for sliding in slides
+        ]
+    if "use_sliding_window" in arch.reads and c.sliding_window:
+        out["use_sliding_window"] = True
+        out["max_window_layers"] = 0
+    for field, key in SOFTCAPS.items():
+        if key in arch.reads:
+            out[key] = getattr(c, field) or None
     return out

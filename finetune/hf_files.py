@@ -7,6 +7,7 @@ Tensors are read from memory-mapped files and checked, and are written as they a
 import glob
 import json
 import os
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,15 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
+class Place(NamedTuple):
+    """Where a tensor is: file, the name that it has there, and, if it is there as some rows of
+    another one, its first row, its last but one, and how many rows there are."""
+
+    file: str
+    name: str
+    rows: tuple | None = None
+
+
 def has_weights(path):
     """Whether a checkpoint directory has its tensors' files: a download may be without them."""
     if os.path.exists(os.path.join(path, SINGLE)):
@@ -36,9 +46,9 @@ def has_weights(path):
 
 
 def tensor_files(path):
-    """{tensor: safetensors file} of a checkpoint directory.
+    """{tensor: its Place} of a checkpoint directory.
 
-    Raises ValueError for a file that is missing or damaged, and for an index that is not true."""
+    The text part of a model of text and images has the names that it has alone. Raises ValueError for a file that is missing or damaged, and for an index that is not true."""
     # one file, or those that the index names
     index = os.path.join(path, INDEX)
     listed = {}
@@ -63,7 +73,7 @@ def tensor_files(path):
     for name, file in listed.items():
         if held.get(name) != os.path.join(path, file):
             raise ValueError(f"{index}: says that {shown(name)} is in {file}, where it is not")
-    return held
+    return {name.replace("language_model.", "", 1): Place(held[name], name) for name in held}
 
 
 def _read_index(path):
@@ -98,20 +108,20 @@ def _open(file):
 
 
 def shapes(held, names):
-    """{name: its shape, a list} of tensors of the files `held`, by the files' headers."""
+    """{name: its shape, a list} of tensors of `held`, by the files' headers."""
     found = {}
     for name in names:
-        with _open(held[name]) as f:
-            found[name] = f.get_slice(name).get_shape()
+        with _open(held[name].file) as f:
+            found[name] = f.get_slice(held[name].name).get_shape()
     return found
 
 
 def alike(held, a, b):
-    """Whether two tensors of the files `held` have the same values."""
+    """Whether two tensors of `held` have the same values."""
     tensors = []
     for name in (a, b):
-        with _open(held[name]) as f:
-            tensors.append(f.get_tensor(name))
+        with _open(held[name].file) as f:
+            tensors.append(f.get_tensor(held[name].name))
     first, second = tensors
     if first.dtype != second.dtype:
         first, second = first.float(), second.float()
@@ -119,23 +129,28 @@ def alike(held, a, b):
 
 
 def read_tensor(held, name, shape, dtype=None):
-    """Tensor `name` of the files `held`, checked.
+    """Tensor `name` of `held`, checked.
 
     It lies in the file's own memory: copy it to keep it. held: as of tensor_files(). shape: None
     in it is any length. dtype: None is any float. Raises ValueError for anything else, and for
     values that are not finite."""
-    file = held[name]
+    file, stored_name, rows = held[name]
     with _open(file) as f:
-        t = f.get_tensor(name)
+        t = f.get_tensor(stored_name)
+    if rows is not None:
+        first, last, total = rows
+        shape = (total, *shape[1:])
     fits = all(expected in (None, n) for expected, n in zip(shape, t.shape))
     if t.ndim != len(shape) or not fits:
-        raise ValueError(f"{file}: tensor {name} is {list(t.shape)}, expected {list(shape)}")
+        raise ValueError(f"{file}: tensor {stored_name} is {list(t.shape)}, expected {list(shape)}")
+    if rows is not None:
+        t = t[first:last]
     allowed = FLOATS if dtype is None else (dtype,)
     if t.dtype not in allowed:
         expected = dtype or "floats of 16 or 32 bits"
-        raise ValueError(f"{file}: tensor {name} is {t.dtype}, expected {expected}")
+        raise ValueError(f"{file}: tensor {stored_name} is {t.dtype}, expected {expected}")
     if not is_finite(t):
-        raise ValueError(f"{file}: tensor {name} has values that are not finite")
+        raise ValueError(f"{file}: tensor {stored_name} has values that are not finite")
     return t
 
 

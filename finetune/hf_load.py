@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from finetune.adapters import LowRank, put_low_rank
+from finetune.architectures import ARCHITECTURES
 from finetune.fields import read_json, shown
 from finetune.hf_config import settings
 from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
@@ -28,11 +29,6 @@ NAMES = {
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
 }
-GEMMA2_NAMES = {
-    "mlp_norm": "pre_feedforward_layernorm",
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
 
 
 def hf_names(model, held=()):
@@ -40,7 +36,7 @@ def hf_names(model, held=()):
 
     The attribute is "weight" or "bias"; of a LowRank "u", "v" or "bias". held: the checkpoint's
     names, where there is one: it may hold a tied embedding as the head."""
-    names = NAMES | (GEMMA2_NAMES if model.config.post_norms else {})
+    names = NAMES | ARCHITECTURES[model.config.architecture].names
     found = {}
     for name, module in model.named_modules():  # a tied head is met once, as the embedding
         if isinstance(module, LowRank):
@@ -106,21 +102,26 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
         norm = isinstance(module, RMSNorm)
         exact = norm or isinstance(module, QMatrix)  # the latter's bias
         t = t.to(device, torch.float32 if exact else dtype, copy=True)
-        if norm and is_gemma(model):
-            t = t + 1  # our RMSNorm multiplies by its weight as it is
+        if norm:  # ours multiplies by its weight as it is
+            t = t + norm_offset(model)
         setattr(module, kind, nn.Parameter(t, old.requires_grad))
 
 
 def stored(model, path):
-    """({tensor: file}, hf_names()) of a checkpoint directory that holds a LLaMA's tensors.
+    """({tensor: its Place}, hf_names()) of a checkpoint directory that holds a LLaMA's tensors.
 
     Raises ValueError if the files lack a tensor that the model has, or hold one that it lacks: a
     checkpoint that does not fit is refused before any tensor is read."""
+    arch = ARCHITECTURES[model.config.architecture]
+    held = tensor_files(path)
+    images = [name for name in held if name.removeprefix("model.").startswith(arch.images)]
+    if images:
+        print(f"note: {path}: the part that sees images is left out")
     # leave out what some files hold although the model makes it itself
-    held = {}
-    for name, file in tensor_files(path).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # of old transformers
-            held[name] = file
+    made = [name for name in held if name.endswith("rotary_emb.inv_freq")]  # by old transformers
+    for name in (*images, *made):
+        held.pop(name)
+    held = _unfused(held, arch, model.config)
     if model.config.tie_embedding and EMBEDDING in held:
         held.pop(HEAD, None)  # it is the same, or settings() had said otherwise
     wanted = hf_names(model, held)
@@ -132,8 +133,50 @@ def stored(model, path):
         raise ValueError(f"{path}: there is no tensor {name}")
     for name in sorted(set(held) - expected):
         place = model.config.architecture
-        raise ValueError(f"{held[name]}: tensor {shown(name)} has no place in {place}")
+        raise ValueError(f"{held[name].file}: tensor {shown(name)} has no place in {place}")
     return held, wanted
+
+
+def _unfused(held, arch, c):
+    """held, where a tensor that is several in one is those: each a Place of its rows."""
+    rows = {
+        "q_proj": c.n_head * c.head_dim,
+        "k_proj": c.n_kv_head * c.head_dim,
+        "v_proj": c.n_kv_head * c.head_dim,
+        "gate_proj": c.ffn_dim,
+        "up_proj": c.ffn_dim,
+    }
+    found = {}
+    for name, place in held.items():
+        whole = next((part for part in name.split(".") if part in arch.fused), None)
+        if whole is None:
+            found[name] = place
+            continue
+        total = sum(rows[part] for part in arch.fused[whole])
+        first = 0
+        for part in arch.fused[whole]:
+            last = first + rows[part]
+            found[name.replace(whole, part)] = place._replace(rows=(first, last, total))
+            first = last
+    return found
+
+
+def fused(tensors, arch):
+    """(name, tensor)s, where those that the architecture has in one are that."""
+    whole_of = {part: whole for whole, parts in arch.fused.items() for part in parts}
+    waiting = {}  # {name of the whole: its parts so far}
+    for name, t in tensors:
+        part = next((part for part in name.split(".") if part in whole_of), None)
+        if part is None:
+            yield name, t
+            continue
+        whole = whole_of[part]
+        parts = waiting.setdefault(name.replace(part, whole), {})
+        parts[part] = t
+        if len(parts) == len(arch.fused[whole]):
+            name = name.replace(part, whole)
+            yield name, torch.cat([waiting[name][part] for part in arch.fused[whole]])
+            del waiting[name]
 
 
 def _is_int8(held, name):
@@ -175,7 +218,5 @@ def _fill_matrix(matrix, held, name, device, dtype):
     matrix.set_weight(w.to(device))  # with 4 and 8 bits it is rounded on the device
 
 
-def is_gemma(model):
-    """Whether the norms multiply by 1 + w, where w is what the checkpoint holds."""
-    return model.config.architecture.startswith("Gemma")
-
+def norm_offset(model):
+    return ARCHITECTURES[model.config.architecture].norm_offset

@@ -20,7 +20,7 @@ assistant says after it counts. A pair whose sides are the same teaches nothing,
 A row holds whole pairs, each the chosen example and then the rejected one. A side of a pair that is
 longer than a row loses the end of its answer, where it has more than half of the row.
 
-The rest is as in finetune.prepare_sft: the folder, the split, what is said of records left out.
+The rest is as in finetune.prepare_sft: inputs, the folder, the split, what is said and shown.
 """
 
 import sys
@@ -28,10 +28,11 @@ import sys
 from configurator import at_least, between, configure
 
 # input and output
-input = ""  # a glob of .json(l), .tsv, .csv, also .gz, .zst; several files make one data set
+input = ""  # .json(l), .tsv, .csv, also with .gz, .zst; .parquet; hf:owner/name; commas between
 out_dir = "data/dpo"  # NAME_train_00000.bin and NAME_val_00000.bin go here
 encoding = "gpt2"  # of the model to tune: its checkpoint's folder, or a name like gpt2 or bytes
 block_size: at_least(3) = 1024  # train.py's: both sides of a pair are in one row
+dry_run = False  # show three pairs and the numbers, and leave: nothing is written
 
 # pairs
 columns = ""  # the fields of a .tsv or .csv, comma separated; '': its first line names them
@@ -43,7 +44,7 @@ chat = False  # texts are messages: the prompt a user's, what follows it the ass
 # rows
 val_fraction: between(0, 1) = 0.05  # of the pairs, for validation; 1: all of them, 0: none
 packing = True  # several pairs a row, where they fit; False: one a row, padded
-seed: at_least(0) = 1337  # of the split and of the rows' order
+seed: at_least(0) = 1337  # of the split, of the rows' order, and of what weights draw
 
 if __name__ == "__main__":  # a tokenizer's libraries take a while: what is mistyped is said before
     s = configure(sys.modules[__name__])
@@ -52,9 +53,13 @@ import os
 
 import numpy as np
 
-from finetune.conversations import conversation, template_fields, unused, without_nothing
-from finetune.prepare_sft import (Example, check_template, fields_in, fill, of_pieces, prepare,
-                                  template)
+from finetune import parquet
+from finetune.conversations import conversations, template_fields, unused, without_nothing
+from finetune.example_shards import prepare
+from finetune.examples import Example, check_template, of_pieces
+from finetune.inputs import shown_name
+from finetune.messages import messages_of
+from finetune.templates import fields_in, fill, template
 from run.shards import IN_LOSS, REJECTED
 
 MAKER = "finetune.prepare_dpo"
@@ -75,10 +80,30 @@ def prepare_dpo(s):
     for name in ("prompt", *SIDES):
         templates[name] = template(name, getattr(s, name))
 
-    def make(enc, record):
-        return pair(enc, record, templates, s.chat)
+    def check(file):
+        check_columns(file, templates)
 
-    prepare(s, MAKER, SETTINGS, make, shorten, unit="pair")
+    def make(enc, record):
+        made, rest = pair(enc, record, templates, s.chat)
+        return [made], rest
+
+    prepare(s, MAKER, SETTINGS, check, make, shorten, unit="pair")
+
+
+def check_columns(file, templates):
+    """Exit with one line if a file that tells its columns beforehand lacks one that is needed."""
+    if not parquet.is_parquet(file.path):
+        return
+    there = parquet.columns(file.path)
+    needed = fields_in(templates["prompt"])  # without a template it may be missing
+    for name in SIDES:
+        needed |= fields_in(templates[name] or f"{{{name}}}")
+    missing = ", ".join(sorted(needed - {*there}))
+    if missing:
+        raise SystemExit(
+            f"error: {shown_name(file)}: has no column {missing}; it has {', '.join(there)}: name "
+            "those by --prompt, --chosen and --rejected"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -109,9 +134,10 @@ def pair(enc, record, templates, chat=False):
     if chat or not all(isinstance(value, str) for value in given.values()):
         check_template(enc, "texts")
         fields = template_fields(enc, rest)
-        talks = with_prompt(given)
+        records = [rest | {"messages": talk} for talk in with_prompt(given)]
+        talks = [messages_of(record, fields) for record in records]
         sides = [of_pieces(enc, pieces, is_chat=True) for pieces in answers(enc, *talks, fields)]
-        not_used = unused(enc, rest | {"messages": talks[0]})
+        not_used = unused(enc, records[0])
     else:
         sides = [of_pieces(enc, pieces, is_chat=False) for pieces in texts(given)]
         not_used = [f"the field {name!r}" for name in rest]
@@ -150,12 +176,10 @@ def with_prompt(given):
 def messages(role, given):
     """Messages that are a text of that role, one message, or a list of them."""
     if isinstance(given, str):
-        return [{"role": role, "content": given}]
+        given = {"role": role, "content": given}
     if isinstance(given, dict):
-        return [given]
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-        raise ValueError('its messages are no list of {"role", "content"}')
-    return given
+        given = [given]
+    return messages_of({"messages": given})
 
 
 def answers(enc, chosen, rejected, fields):
@@ -167,16 +191,22 @@ def answers(enc, chosen, rejected, fields):
         if ours != others:
             break
         shared += 1
-    before = [message.get("role") for message in chosen[:shared]].count("assistant")
     sides = []
     for name, talk in zip(SIDES, (chosen, rejected)):
-        pieces = []
-        said = 0  # by the assistant
-        for text, counts in conversation(enc, talk, fields):
-            said += counts
-            pieces.append((text, counts and said > before))
-        if said <= before:
+        after = [message.get("role") for message in talk[shared:]].count("assistant")
+        if not after:
             raise ValueError(f"it has no {name} answer")
+        found = conversations(enc, talk, fields)
+        if len(found) > 1 and after > 1:
+            raise ValueError("its sides have several answers, and the chat template writes an "
+                             "earlier one otherwise once others follow")
+        pieces = found[-1]
+        # the last ones count; those before are context
+        context = sum(counts for _, counts in pieces) - after
+        said = 0
+        for i, (text, counts) in enumerate(pieces):
+            said += counts
+            pieces[i] = text, counts and said > context
         sides.append(pieces)
     return sides
 
@@ -193,28 +223,26 @@ def joined(chosen, rejected):
 # rows
 
 
-def shorten(pairs, size):
-    """(pairs of at most `size` tokens, how many lost an end, how many were dropped).
+def shorten(found, size, counts):
+    """Yield the pairs, of at most `size` tokens each.
 
-    Dropped is what has no target left on a side, or no difference."""
-    kept = []
-    truncated = 0
-    dropped = 0
-    for e in pairs:
+    counts: its "too_long" are those that are left out, as a side has no target left, or both are
+    the same now."""
+    for e in found:
         middle = int((e.flags & REJECTED > 0).argmax())  # where the rejected side begins
         lengths = middle, len(e.tokens) - middle
         sides = []
         for start, length, other in ((0, *lengths), (middle, *reversed(lengths))):
             room = max(size // 2, size - other)  # half of the row, or what the other side leaves
             at = slice(start, start + min(length, room))
-            sides.append(Example(e.tokens[at].copy(), e.flags[at].copy()))
+            sides.append(Example(e.tokens[at], e.flags[at]))
         alike = np.array_equal(sides[0].tokens, sides[1].tokens)
         if alike or not all((side.flags & IN_LOSS).any() for side in sides):
-            dropped += 1
+            counts["too_long"] += 1
+        elif sum(lengths) > size:
+            yield joined(*sides)._replace(cut=True)
         else:
-            kept.append(joined(*sides))
-            truncated += len(kept[-1].tokens) < len(e.tokens)
-    return kept, truncated, dropped
+            yield e
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """
 Attention without its matrices: RoPE's angles, which keys a token sees, softmax(q k^T) v.
+
+Memory is linear in the tokens. Packed texts are attended to one by one, by the kernel that a plain
+row has, and so at the cost of their own lengths. Windows and soft caps, which that kernel lacks, go
+a chunk of queries at a time.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,20 +45,28 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(q, k, cos, sin):
-    """RoPE of queries and keys, in one pass; arguments as for turned()."""
-    return _Rotate.apply(q, k, cos, sin)
+    """RoPE of queries and keys, in one pass; arguments as for turned(). None: no RoPE."""
+    return (q, k) if cos is None else _Rotate.apply(q, k, cos, sin)
 
 
-def rope(start, length, c, x):
+def ropes(start, length, c, x):
+    """rope() of layers that see all keys (False), of those that have a window (True), and of those
+    without RoPE (None)."""
+    whole = rope(start, length, c, x)
+    local = rope(start, length, c, x, local=True) if c.rope_local_theta else whole
+    return {False: whole, True: local, None: (None, None)}
+
+
+def rope(start, length, c, x, local=False):
     """cos and sin (length, head_dim / 2) of RoPE's angles at positions start.., of x's dtype.
 
     c: LLaMAConfig, whose rope_scaling is "", "linear FACTOR", or LLaMA 3's "llama3 FACTOR LOW HIGH
     LENGTH": wavelengths above LENGTH / LOW are stretched by FACTOR, those below LENGTH / HIGH stay,
-    those between are interpolated."""
+    those between are interpolated. local: plain, of rope_local_theta."""
     # pair i of a head turns by theta^(-2i / hs) a position
     at = torch.arange(0, c.head_dim, 2, device=x.device, dtype=torch.float32)
-    frequency = 1.0 / c.rope_theta ** (at / c.head_dim)
-    kind, *numbers = c.rope_scaling.split() or [""]
+    frequency = 1.0 / (c.rope_local_theta if local else c.rope_theta) ** (at / c.head_dim)
+    kind, *numbers = [""] if local else c.rope_scaling.split() or [""]
     if kind == "linear":
         frequency = frequency / float(numbers[0])
     elif kind == "llama3":
@@ -65,13 +79,40 @@ def rope(start, length, c, x):
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
-def attention_mask(past, T, window, documents, device):
-    """Which keys each of T tokens sees, after `past` cached ones: (B or 1, 1, T, past + T) bool.
+# --- which keys a token sees ---
 
-    None if that is plainly all before it. window: how many at most. documents: (B, past + T), a
-    token sees those of its own number; or None."""
+
+class Spans(NamedTuple):
+    """Which keys tokens see where a row holds several texts, or through a window; no matrix.
+
+    lengths: of the texts, one after the other through all rows; None: each row is one. window: of
+    keys that a token sees, itself among them."""
+
+    lengths: list | None
+    window: int
+
+
+def attention_masks(past, T, most, window, documents, device):
+    """attention_mask() of layers that see all keys, at most `most`, and of those with a window."""
+    whole = attention_mask(past, T, most, documents, device)
+    if not window:
+        return whole, whole
+    return whole, attention_mask(past, T, min(most, window), documents, device)
+
+
+def attention_mask(past, T, window, documents, device):
+    """Which keys each of T tokens sees, after `past` cached ones: None if that is plainly all
+    before it, Spans, or (B or 1, 1, T, past + T) bool.
+
+    window: how many at most. documents: (B, past + T), a token sees those of its own number; or
+    None. Those of a GPU, which the host would wait for, and those after others in a cache make a
+    matrix."""
     if documents is None and window >= past + T and not (past and T > 1):
         return None
+    if not past and (documents is None or not documents.is_cuda):
+        lengths = None if documents is None else lengths_of(documents)
+        if documents is None or lengths is not None:
+            return Spans(lengths, window)
     query = torch.arange(past, past + T, device=device)[:, None]  # (T, 1)
     key = torch.arange(past + T, device=device)  # (past + T,)
     seen = (key <= query) & (query - key < window)
@@ -80,28 +121,127 @@ def attention_mask(past, T, window, documents, device):
     return seen.view(-1, 1, T, past + T)
 
 
+def lengths_of(documents):
+    """How long the texts are, one after the other through the rows of documents (B, T).
+
+    None if one of them is in several pieces."""
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    if int(starts.sum()) != sum(len(row.unique()) for row in documents):
+        return None
+    first = starts.flatten().nonzero()[:, 0]
+    return first.diff(append=first.new_tensor([documents.numel()])).tolist()
+
+
+# --- attention ---
+
+QUERIES = 512  # of a chunk
+LOGITS = 2**25  # elements that a chunk has at most, where they exist: 128 MiB in float32
+
+
 def attend(q, k, v, scale, softcap, mask):
     """softmax(q k^T * scale) v, for q (B, nh, T, hs), k and v (B, nk, S, hs).
 
-    softcap: if not 0, logits pass through softcap * tanh(. / softcap). mask: (B or 1, 1, T, S)
-    bool, True where a token may look, or None: at all before it."""
+    softcap: if not 0, logits pass through softcap * tanh(. / softcap). mask: as of
+    attention_mask(), or None: all before a token, and itself. Memory is linear in T but for a
+    matrix as a mask."""
+    if isinstance(mask, torch.Tensor) or q.shape[2] == 1:  # the next token sees all keys
+        return masked(q, k, v, scale, softcap, mask)
+    B, _, T, hs = q.shape
+    lengths, window = mask or (None, T)
+    if lengths is None:
+        return causal(q, k, v, scale, softcap, window)
+    # all rows' texts end to end, each by itself
+    texts = []
+    for t in (q, k, v):
+        t = t.transpose(1, 2).reshape(1, B * T, -1, hs).transpose(1, 2)  # (1, nh, B T, hs)
+        texts.append(t.split(lengths, dim=2))
+    parts = [causal(*text, scale, softcap, window).transpose(1, 2) for text in zip(*texts)]
+    return torch.cat(parts, dim=1).view(B, T, -1, hs).transpose(1, 2)
+
+
+def causal(q, k, v, scale, softcap, window):
+    """attend() of T tokens of one text a row, of which each sees at most `window`."""
+    T = q.shape[2]
+    if softcap or window < T:
+        return _Chunked.apply(q, k, v, scale, softcap, min(window, T))
     gqa = q.shape[1] != k.shape[1]
-    causal = mask is None and q.shape[2] > 1
-    if gqa and (softcap or mask is not None):  # torch has no kernel that saves memory for these
-        repeats = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(repeats, dim=1)
-        v = v.repeat_interleave(repeats, dim=1)
+    if gqa and not flash(q):  # torch's other kernel that saves memory has no groups
+        k, v = of_each_head(q, k, v)
+        gqa = False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+def flash(q):
+    """Whether torch has FlashAttention for q: on a GPU since Ampere, in 16 bits."""
+    if not q.is_cuda:
+        return True
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def of_each_head(q, *keys):
+    """Keys, or values, (B, nk, S, hs) of a group for each of its heads (B, nh, S, hs)."""
+    return [t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in keys]
+
+
+def masked(q, k, v, scale, softcap, mask):
+    """attend() by a matrix `mask`, or None where all keys are seen."""
+    gqa = q.shape[1] != k.shape[1]
+    if gqa and (softcap or mask is not None or not flash(q)):
+        k, v = of_each_head(q, k, v)
         gqa = False
     if not softcap:
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
     logits = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)  # (B, nh, T, S)
-    if causal:
-        mask = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     return logits.float().softmax(dim=-1).to(q.dtype) @ v  # (B, nh, T, hs)
+
+
+class _Chunked(torch.autograd.Function):
+    """causal(), a chunk of queries at a time: what a chunk needs is made again in backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, softcap, window):
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.softcap, ctx.window = scale, softcap, window
+        y = q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+        for queries, keys, mask in chunked(q, softcap, window):
+            part = masked(q[:, :, queries], k[:, :, keys], v[:, :, keys], scale, softcap, mask)
+            y[:, :, queries] = part
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        # several chunks see a key
+        dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
+        for queries, keys, mask in chunked(q, ctx.softcap, ctx.window):
+            inputs = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+            inputs = [t.detach().requires_grad_() for t in inputs]
+            with torch.enable_grad():
+                part = masked(*inputs, ctx.scale, ctx.softcap, mask)
+            gradients = torch.autograd.grad(part, inputs, dy[:, :, queries])
+            dq[:, :, queries] = gradients[0]
+            dk[:, :, keys] += gradients[1]
+            dv[:, :, keys] += gradients[2]
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def chunked(q, softcap, window):
+    """Yield slices of q's tokens, of the keys that they see, and which sees which (queries, keys)
+    bool."""
+    B, heads, T, _ = q.shape
+    size = QUERIES
+    if softcap:
+        size = max(1, min(size, LOGITS // (B * heads * window)))
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        first = max(0, start - window + 1)
+        query = torch.arange(start, end, device=q.device)[:, None]
+        key = torch.arange(first, end, device=q.device)
+        yield slice(start, end), slice(first, end), (key <= query) & (query - key < window)
 
 
 def last(x, n, dim):

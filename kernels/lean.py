@@ -96,6 +96,31 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, h, self.weight, self.eps)
 
 
+def qk_norm(c, n_head, device):
+    """The norm of n_head heads' queries or keys (B, T, n_head hs), by LLaMAConfig.qk_norm."""
+    if not c.qk_norm:
+        return nn.Identity()
+    if c.qk_norm == "head":
+        return HeadNorm(c.head_dim, c.norm_eps, device)
+    return RMSNorm(n_head * c.head_dim, c.norm_eps, device)
+
+
+class HeadNorm(RMSNorm):
+    """Of each head by itself."""
+
+    def forward(self, x):
+        heads = x.view(*x.shape[:-1], -1, len(self.weight))  # (B, T, n_head, hs)
+        return super().forward(heads)
+
+
+class NoNorm(nn.Module):
+    """In a norm's place: what it would have read."""
+
+    def residual(self, x, h=None):
+        total = x if h is None else x + h
+        return total, total
+
+
 # --- act(gate) * up ---
 
 ACTIVATIONS = {  # (forward, backward)

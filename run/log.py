@@ -12,6 +12,7 @@ import time
 import torch
 
 from model import QMatrix
+from run import counts
 from run.device import GIB, memory_peak, peak_flops
 from run.encodings import get_encoding
 from run.files import check_file, parse_json, replacing, sync, unused
@@ -158,8 +159,10 @@ def cut_log(path, step):
 
 
 def begin(run):
-    """Say what this run trains, and by what."""
+    """Say what this run trains, on what, and by what."""
     s = run.s
+    for line in counts.lines(s.data_dir, counts.counts_in(os.path.expanduser(s.data_dir))):
+        print(line)
     weights = sum(p.numel() for p in run.model.parameters())
     for layer in run.model.modules():
         if isinstance(layer, QMatrix):  # its weight is no parameter

@@ -28,6 +28,9 @@ OF_MODEL = {
     "activation": one_of("silu", "gelu", "gelu_erf"),
     "sliding_window": whole(0, 2**31),
     "global_every": whole(0, 2**31),
+    "rope_local_theta": between(0, 1e15),
+    "nope_every": whole(0, 2**31),
+    "qk_norm": one_of("", "head", "all"),
     "checkpoint_bits": one_of(8, 16),
 }
 

@@ -99,7 +99,7 @@ def stem_of(path):
     There is no "_" in it: the training shard of x_val.txt would match *_val_*.bin, too. Nor is it
     hidden, or too long for a file's name."""
     name = os.path.basename(path)
-    stem = re.sub(r"\.(jsonl?|csv|tsv|txt)(\.(gz|zst))?$", "", name, flags=re.I)
+    stem = re.sub(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$", "", name, flags=re.I)
     stem = stem.replace("_", "-").lstrip(".")
     return os.fsencode(stem)[:150].decode(errors="ignore") or "text"
 

@@ -5,6 +5,7 @@ Tests of preference tuning: pairs into rows, DPO's loss and its reference, runs 
 
 import json
 import os
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from configurator import configure
 from finetune import hf, prepare_dpo
 from finetune.dpo import PreferenceLoss, log_probabilities
+from finetune.examples import Example
 from finetune.prepare_dpo import joined, pair, shorten
-from finetune.prepare_sft import Example, fill_rows
+from finetune.rows import fill_rows
 from kernels.loss import head_loss, token_losses
 from model import LLaMA, LLaMAConfig, plain_linear
 from run.by_block import forward_backward
@@ -25,7 +27,8 @@ from run.data import Windows, shares_of
 from run.encodings import get_encoding
 from run.ranks import Ranks
 from run.shards import IN_LOSS, REJECTED, STARTS, write_shard
-from tests.common import TINY_MODEL, contents, one_line_error, read_log, refused, run, tiny
+from tests.common import (TINY_MODEL, Job, contents, one_line_error, read_log, refused, run, tiny,
+                          trains)
 from tests.test_sft import TEMPLATE, byte_bpe
 
 BETA = 0.5
@@ -217,6 +220,7 @@ def loaded(path):
     return model
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_loss_is_trl_s_and_so_is_its_gradient(theirs, tmp_path):
     records = [
         {"prompt": "how many words", "chosen": " is good.", "rejected": " bad is very bad"},
@@ -328,12 +332,16 @@ def test_templates_name_other_fields():
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
+    return with_template(tmp_path_factory.mktemp("chat"), TEMPLATE)
+
+
+def with_template(folder, template):
+    """The encoding of a checkpoint with that chat template."""
     byte_bpe().save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|end|>", "bos_token": "<|start|>",
                 "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     return get_encoding(str(folder))
 
 
@@ -357,6 +365,9 @@ FORMS = {
     "one message a side": (
         {"prompt": said("user", "how"), "chosen": said("assistant", "good")[0],
          "rejected": said("assistant", "bad")[0]}, False),
+    "ShareGPT's": (
+        {"chosen": [{"from": "human", "value": "how"}, {"from": "gpt", "value": "good"}],
+         "rejected": [{"from": "human", "value": "how"}, {"from": "gpt", "value": "bad"}]}, False),
     "texts that are messages": ({"prompt": "how", "chosen": "good", "rejected": "bad"}, True),
 }
 
@@ -379,13 +390,38 @@ def test_answers_that_both_sides_have_are_context(chat):
     assert [counts for _, counts in shown(chat, made)] == ["good<|end|>", "bad<|end|>"]
 
 
+def test_a_system_text_comes_first(chat):
+    record = {"system": "be brief", "prompt": "how", "chosen": "good", "rejected": "bad"}
+    made, not_used = pair(chat, record, TEXTS, chat=True)
+    assert all(text.startswith("<|start|>system\nbe brief<|end|>") for text, _ in shown(chat, made))
+    assert not not_used
+
+
+def test_a_template_that_rewrites_turns_allows_one_answer(tmp_path):
+    """Of a side: Qwen3's leaves out what was thought before."""
+    template = ("{% for m in messages %}<|start|>{{ m.role }} {% if m.role == 'user' or loop.last %}"
+                "{{ m.content }}{% endif %}<|end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|start|>assistant {% endif %}")
+    chat = with_template(tmp_path, template)
+    begin = said("user", "a") + said("assistant", "film") + said("user", "how")
+    record = {"chosen": begin + said("assistant", "good"),
+              "rejected": begin + said("assistant", "bad")}
+    made, _ = pair(chat, record, TEXTS)
+    before = "<|start|>user a<|end|><|start|>assistant <|end|><|start|>user how<|end|>"
+    assert shown(chat, made)[1] == (f"{before}<|start|>assistant bad<|end|>", "bad<|end|>")
+    record = {"prompt": "a", "rejected": said("assistant", "bad"),
+              "chosen": said("assistant", "x") + said("user", "how") + said("assistant", "good")}
+    with pytest.raises(ValueError, match="several answers"):
+        pair(chat, record, TEXTS)
+
+
 @pytest.mark.parametrize("record, why", [
     ({"prompt": "a", "chosen": "b"}, "no rejected answer"),
     ({"prompt": "a", "chosen": "", "rejected": "c"}, "no chosen answer"),
     ({"prompt": "a", "chosen": " ", "rejected": "c"}, "no chosen answer"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
     ({"prompt": "a", "chosen": said("assistant", "b"), "rejected": 3}, "no list of"),
-    ({"chosen": said("user", "b"), "rejected": said("user", "c")}, "no message of the assistant"),
+    ({"chosen": said("user", "b"), "rejected": said("user", "c")}, "no chosen answer"),
     ({"chosen": said("user", "b") + said("assistant", "c"),
       "rejected": said("user", "b") + said("assistant", "c") + said("user", "d")},
      "no chosen answer"),
@@ -402,25 +438,30 @@ def test_messages_need_a_chat_template():
 
 
 def test_a_pair_is_cut_where_it_is_longer_than_a_row():
-    def lengths(chosen, rejected, size=10):
+    def cut(chosen, rejected, size=10):
+        """Lengths of the two sides that are left of these many targets."""
         sides = [side(*range(n), 50 + i, targets=n) for i, n in enumerate((chosen, rejected))]
-        kept, truncated, dropped = shorten([joined(*sides)], size)
-        assert truncated == (chosen + rejected + 2 > size) - dropped and dropped == 1 - len(kept)
-        return [len(part.tokens) for part in parts(kept[0])] if kept else None
+        counts = Counter()
+        kept = list(shorten([joined(*sides)], size, counts))
+        assert counts["too_long"] == 1 - len(kept)
+        if not kept:
+            return None
+        assert kept[0].cut == (chosen + rejected + 2 > size)
+        return [len(part.tokens) for part in parts(kept[0])]
 
-    assert lengths(3, 5) == [4, 6]
-    assert lengths(3, 9) == [4, 6]  # what the other one leaves
-    assert lengths(9, 2) == [7, 3]
-    assert lengths(9, 4) == [5, 5]
-    assert lengths(9, 8) is None  # both lose what tells them apart
+    assert cut(3, 5) == [4, 6]
+    assert cut(3, 9) == [4, 6]  # what the other one leaves
+    assert cut(9, 2) == [7, 3]
+    assert cut(9, 4) == [5, 5]
+    assert cut(9, 8) is None  # both lose what tells them apart
     # no target is left on one side
-    kept, _, dropped = shorten([joined(side(*range(9), targets=1), side(1, 2, targets=1))], 10)
-    assert not kept and dropped == 1
+    late = joined(side(*range(9), targets=1), side(1, 2, targets=1))
+    assert not list(shorten([late], 10, Counter()))
 
 
 def test_prepared_pairs_are_read_as_they_were_made(tmp_path, capsys):
     folder = write_pairs(tmp_path, n=40)
-    assert "40 pairs (5 for validation)" in capsys.readouterr().out
+    assert "5 pairs to validate on: " in capsys.readouterr().out
     data = windows(folder)
     assert data.pairs and data.examples == 70
     seen = set()
@@ -526,6 +567,17 @@ def test_the_reference_is_made_once_for_each_start(tmp_path, shards):
     assert references() == first
     assert said in runs(folder, tmp_path / "c", *more, "--seed=1")  # other weights
     assert first < references()
+
+    # ranks make it together
+    before = contents(folder)
+    for name in references():
+        os.remove(f"{folder}/{name}")
+    more += ["--seed=1", "--gradient_accumulation_steps=2"]
+    rank = trains(*flags(folder, tmp_path / "d", *more))
+    results = Job(tmp_path / "job", rank, rank).wait()
+    assert [code for code, _, _ in results] == [0, 0], results
+    (name,) = references()
+    assert contents(folder)[name] == before[name]
 
 
 def test_what_is_no_run_of_pairs_is_one_line(tmp_path, shards):

@@ -20,7 +20,7 @@ import tiktoken
 import numpy as np
 import prepare_c4
 from configurator import configure
-from finetune import prepare_sft
+from finetune import prepare_sft, templates
 from finetune.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
 from prepare_c4 import check_made_of, prepare
 from run import data, manifest, records
@@ -879,7 +879,7 @@ def test_twins_are_on_one_side_of_the_split(tmp_path, capsys):
     texts = [f"text {i % 40}" for i in range(120)]
     write_examples(tmp_path / "a.jsonl", texts)
     sft(tmp_path, "a.jsonl", val_fraction=0.2)
-    assert "80 examples repeat another" in capsys.readouterr().out
+    assert "80 repeat another" in capsys.readouterr().out
     train = rows_of(tmp_path / "out/a_train_00000.bin")
     val = rows_of(tmp_path / "out/a_val_00000.bin")
     assert not train & val
@@ -893,7 +893,7 @@ def test_columns_and_fields_without_a_use_are_said_once(tmp_path, capsys):
     (tmp_path / "x.csv").write_text("id,q,a,note\n1,x,y,\n2,x2,y,z\n3,x3,y,\n")
     sft(tmp_path, "x.csv", prompt="{q}", completion=" {a}", val_fraction=0)
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [
+    assert [line for line in said if "not used" in line] == [
         f"{tmp_path}/x.csv: not used: the field 'id' (3 of 3 records; the first: line 2)",
         f"{tmp_path}/x.csv: not used: the field 'note' (1 of 3 records; the first: line 3)",
     ]
@@ -947,14 +947,14 @@ def test_compressed_data_of_another_name(tmp_path, name, content):
     ("{}", "needs a name"),
 ])
 def test_a_template_names_no_python(text, why):
-    assert why in refused(prepare_sft.template, "prompt", text)
+    assert why in refused(templates.template, "prompt", text)
 
 
 def test_a_template_writes_no_huge_text():
-    assert prepare_sft.fill("{a:>4}{b[x.y]}", {"a": "p", "b": {"x.y": 5}}) == "   p5"
+    assert templates.fill("{a:>4}{b[x.y]}", {"a": "p", "b": {"x.y": 5}}) == "   p5"
     for template in ("{a:>1000000000000}", "{a:{b}}"):
         with pytest.raises(ValueError, match="more than 9,999"):
-            prepare_sft.fill(template, {"a": "p", "b": 10**12})
+            templates.fill(template, {"a": "p", "b": 10**12})
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -19,10 +19,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 import quant
@@ -30,7 +37,9 @@ import sample
 from configurator import configure
 from finetune import hf, hf_files, welore
 from finetune.adapters import LoRA
+from finetune.architectures import ARCHITECTURES
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
+from qgalore import QGaLore
 from run.checkpoint import load_model, save_checkpoint
 
 SIZES = dict(
@@ -70,6 +79,17 @@ BARE_GEMMA2 = dict(
     attn_logit_softcapping=None,
     final_logit_softcapping=None,
 )
+GEMMA3 = dict(
+    head_dim=16,
+    sliding_window=6,
+    query_pre_attn_scalar=20,
+    final_logit_softcapping=4.0,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters={
+        "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    },
+)
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 QWEN2_WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
@@ -85,6 +105,13 @@ FAMILY = {
     "gemma 2, bare": (Gemma2Config, BARE_GEMMA2),
     "qwen 2": (Qwen2Config, {}),
     "qwen 2, window": (Qwen2Config, QWEN2_WINDOW),
+    "qwen 3": (Qwen3Config, dict(head_dim=16)),
+    "qwen 3, window": (Qwen3Config, QWEN2_WINDOW | dict(head_dim=16)),
+    "gemma 3": (Gemma3TextConfig, GEMMA3),
+    "olmo 2": (Olmo2Config, {}),
+    "smollm 3": (SmolLM3Config, dict(no_rope_layer_interval=2)),
+    "phi 3": (Phi3Config, {}),
+    "phi 3, window": (Phi3Config, dict(sliding_window=7)),
 }
 
 
@@ -181,7 +208,7 @@ def test_packed_documents_get_the_logits_of_each_alone(kind, tmp_path):
     assert close(packed, torch.cat(alone, dim=1))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma 2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma 3", "smollm 3"])
 def test_text_does_not_see_the_padding_at_its_left(kind, tmp_path):
     """Nor does it when it is continued in a cache."""
     _, path = saved(tmp_path, kind)
@@ -235,7 +262,10 @@ def test_in_a_full_cache_a_token_sees_block_size_keys(tmp_path):
     assert close(got[0][:, -1:], logits(model, idx[:, -10:])[:, -1:])
 
 
-@pytest.mark.parametrize("kind", ["gemma 2", "qwen 2", "llama, tied, wide heads"])
+NORMED = ["qwen 3", "gemma 3", "olmo 2"]
+
+
+@pytest.mark.parametrize("kind", ["gemma 2", "qwen 2", "smollm 3", *NORMED])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_are_those_of_transformers(kind, checkpointed, tmp_path):
     theirs, path = saved(tmp_path, kind)
@@ -412,6 +442,20 @@ SAID = [  # kind, what config.json says besides
     ("qwen 2", dict(max_window_layers=0, layer_types=None)),
     ("llama", dict(sliding_window=3, query_pre_attn_scalar=3, final_logit_softcapping=1.0)),
     ("gemma 2", dict(query_pre_attn_scalar=3, rms_norm_eps=0.01)),
+    ("gemma 3", dict(layer_types=None, sliding_window_pattern=2)),
+    ("gemma 3", dict(layer_types=None)),
+    ("gemma 3", dict(rope_parameters=None, rope_theta=90.0, rope_local_base_freq=20.0)),
+    ("gemma 3", dict(rope_parameters=None, rope_scaling=OLD_ROPE | {"rope_type": "linear"})),
+    ("gemma 3", dict(attn_logit_softcapping=1.0)),
+    ("gemma 3", dict(final_logit_softcapping=None)),
+    ("smollm 3", dict(no_rope_layers=[1, 1, 0])),
+    ("smollm 3", dict(no_rope_layers=[0, 0, 0, 0])),
+    ("smollm 3", dict(no_rope_layers=[1, 1, 1])),
+    ("smollm 3", dict(no_rope_layers=None)),
+    ("smollm 3", dict(sliding_window=3)),
+    ("olmo 2", dict(rms_norm_eps=0.01, tie_word_embeddings=True)),
+    ("phi 3", dict(original_max_position_embeddings=16)),
+    ("qwen 3", dict(rope_theta=70.0, rope_parameters=None)),
     ("llama", dict(pretraining_tp=2, attention_dropout=0.5, rms_norm_eps=0.1)),
 ]
 
@@ -430,6 +474,61 @@ def test_what_config_json_says_is_heard_as_transformers_does(kind, said, tmp_pat
     # and the export says the same
     hf.save(ours, str(tmp_path / "again"), like=path, dtype=torch.float32)
     assert close(logits(ours, text()), logits(read_back(tmp_path / "again"), text()))
+
+
+@pytest.mark.parametrize(
+    "kind,said,word",
+    [
+        ("smollm 3", dict(no_rope_layers=[0, 1, 1]), "no_rope_layers"),
+        ("smollm 3", dict(use_sliding_window=True, sliding_window=3, layer_types=None), "order"),
+        ("gemma 3", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        ("gemma 3", dict(rope_parameters={"sliding_attention": LINEAR}), "rope_type is linear"),
+        ("phi 3", dict(rope_parameters={"rope_type": "longrope"}), "longrope"),
+        ("phi 3", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        ("phi 3", dict(num_key_value_heads=1), "qkv_proj.weight is [96, 48], expected [72, 48]"),
+    ],
+)
+def test_what_a_kind_has_and_ours_does_not_is_refused(kind, said, word, tmp_path):
+    _, path = saved(tmp_path, kind)
+    edit(path, lambda c: c.update(said))
+    refused(path, path, word)
+
+
+@pytest.mark.parametrize("names", ["of version 5", "of the hub"])
+def test_of_a_model_that_sees_images_the_text_part_is_read(names, tmp_path, capsys):
+    text_config = SIZES | GEMMA3 | dict(final_logit_softcapping=None)  # of the text part alone
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text_config).to_dict(),
+        vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            image_size=8, patch_size=4,
+        ),
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    theirs = Gemma3ForConditionalGeneration(config).float().eval()
+    path = str(tmp_path / "theirs")
+    theirs.save_pretrained(path)
+    assert any("vision_tower" in name for name in hf_files.tensor_files(path))
+    if names == "of the hub":
+        change(path, lambda t: [t.update({old_name(name): t.pop(name)}) for name in list(t)])
+    ours = hf.load(path, 16, torch.float32)
+    assert "images is left out" in capsys.readouterr().out
+    assert close(logits(ours, text()), logits(theirs, text()))
+
+    out = str(tmp_path / "ours")
+    hf.save(ours, out, like=path, dtype=torch.float32)
+    again = read_back(out)
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    assert again.config.max_position_embeddings == 64
+    assert close(logits(again, text()), logits(theirs, text()))
+
+
+def old_name(name):
+    """A tensor's name in the hub's own files of Gemma 3."""
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("model.")
 
 
 def test_what_was_loaded_does_not_change_with_the_file(tmp_path):
@@ -511,7 +610,7 @@ def test_an_exported_model_is_transformers_again(kind, tmp_path):
     assert ("lm_head.weight" in stored) == (not ours.config.tie_embedding)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma 2", "qwen 2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma 2", "qwen 2", "phi 3"])
 def test_int8_weights_go_out_and_come_back_bit_for_bit(kind, tmp_path):
     _, path = saved(tmp_path, kind)
     ours = hf.load(path, dtype=torch.float32, group_size=0 if kind == "llama" else 16)
@@ -562,6 +661,33 @@ def test_adapters_are_merged_on_the_way_out(tmp_path):
     again = logits(read_back(out), text())
     assert close(again, logits(ours, text()))
     assert not close(again, before, 0.01)
+
+
+ONE_OF_EACH = [kind for kind in FAMILY if "," not in kind and "rope" not in kind]
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_a_tuned_model_of_each_kind_goes_to_transformers(kind, tmp_path):
+    _, path = saved(tmp_path, kind)
+    model = hf.load(path, dtype=torch.float32, group_size=16)
+    optimizer = QGaLore(model, lr=0.01, rank=8)
+    idx = text(4, 16)
+    losses = []
+    for _ in range(8):
+        loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3
+
+    hf.save(model, str(tmp_path / "tuned"), like=path, dtype=torch.float32)
+    assert close(logits(read_back(tmp_path / "tuned"), text()), logits(model, text()))
+
+
+def test_one_of_each_architecture_is_here():
+    kinds = {FAMILY[kind][0].model_type for kind in ONE_OF_EACH}
+    assert kinds == {arch.kind for arch in ARCHITECTURES.values()}
 
 
 def test_a_model_its_architecture_does_not_have_stays(tmp_path):

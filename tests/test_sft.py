@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import random
+import re
 import sys
 
 import numpy as np
@@ -20,7 +21,9 @@ import prepare_c4
 import sample
 from configurator import configure
 from finetune import prepare_sft, tokenizer
-from finetune.prepare_sft import conversation, encode, example, pack
+from finetune.conversations import conversation
+from finetune.examples import encode, examples
+from finetune.rows import pack
 from prepare_c4 import prepare
 from run.data import Windows
 from run.encodings import fingerprint, get_encoding
@@ -502,6 +505,12 @@ def questions(tmp_path):
     return records
 
 
+def example(enc, record):
+    """The one Example of a record."""
+    [found] = examples(enc, record)
+    return found
+
+
 def make(input, out_dir, encoding="bytes", **settings):
     """prepare_sft.py with these settings, as its command line gives them."""
     settings = dict(input=input, out_dir=out_dir, encoding=encoding) | settings
@@ -555,11 +564,21 @@ def test_each_example_comes_once_with_its_completion_in_the_loss(
     else:
         assert rows == 60
     assert all(shard.row == 128 and len(shard.tokens) % 128 == 0 for shard in shards)
-    assert capsys.readouterr().out == (
-        f"{out}: 60 examples (6 for validation), {count:,} tokens, {loss:,} in the loss, "
-        f"{rows} rows of 128, {count / rows / 128:.1%} full; "
-        "0 truncated, 0 dropped: too long\n"
-    )
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("--- example ") for line in said) == 3
+    numbers = re.findall("examples to .*: ([0-9,]+) tokens, of which ([0-9,]+) ", "\n".join(said))
+    numbers = [[int(n.replace(",", "")) for n in pair] for pair in numbers]
+    assert [sum(column) for column in zip(*numbers)] == [count, loss]
+    said = said[-5:]
+    assert said[0].startswith(f"{out}: 54 examples to train on: ")
+    assert said[1].startswith(f"{out}: 6 examples to validate on: ")
+    assert said[1].endswith(" count in the loss; 0 are cut at block_size")
+    assert said[2:] == [
+        f"{out}: left out of 60 records: 0 that make no example, "
+        "0 whose answer begins beyond block_size",
+        f"{out}: {rows} rows of 128 tokens, {count / rows / 128:.1%} full",
+        f"{out}: wrote q-a_val_00000.bin and q-a_train_00000.bin",
+    ]
 
 
 def test_shards_are_repeatable_and_packing_keeps_the_split(chat, questions, tmp_path):
@@ -626,8 +645,9 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tmp_path, capsys):
     records = [{"prompt": "p" * n, "completion": "c" * m} for n, m in lengths]
     write_lines(tmp_path / "x.jsonl", records)
     make(f"{tmp_path}/x.jsonl", f"{tmp_path}/out", block_size=7, val_fraction=0)
-    line = capsys.readouterr().out
-    assert "4 examples" in line and "3 truncated, 2 dropped" in line
+    said = capsys.readouterr().out
+    assert "4 examples to train on" in said and "3 are cut at block_size" in said
+    assert "0 that make no example, 2 whose answer begins beyond block_size" in said
     shard = open_shard(tmp_path / "out/x_train_00000.bin")
     texts = {"".join(map(chr, row)) for row in shard.tokens.reshape(-1, 8).tolist()}
     assert texts == {"pppcccc\u0100", "pppccccc", "pppppppc"}
@@ -816,11 +836,12 @@ def test_records_that_make_no_example_are_counted_by_file(chat, tmp_path, capsys
         path.write_bytes(b"\n".join([good, b"", line, b'{"no": 1}', good]))
         make(path, f"{tmp_path}/{i}", chat, val_fraction=0)
         said = capsys.readouterr().out.splitlines()
-        left_out = [line for line in said if "left out" in line]
+        left_out = [line for line in said if "left out:" in line]
         assert all(line.startswith(f"{path}: ") for line in left_out)
         assert sum(int(line.split(": ")[1].split()[0]) for line in left_out) == 2
         assert any(why in line and "(the first: line 3)" in line for line in left_out)
-        assert any(" 2 examples " in line for line in said)
+        assert any(" 2 examples to train on" in line for line in said)
+        assert any("left out of 4 records: 2 that make no example" in line for line in said)
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(line for line, _ in BAD_RECORDS))
     answer = refused(make, f"{tmp_path}/x.jsonl", f"{tmp_path}/x", chat)
     assert "no usable example" in answer
@@ -979,7 +1000,7 @@ def test_the_command_lines_newlines_and_flags_arrive(questions, tmp_path):
         "--block_size=255",
     ]
     code, out, err = run(*command)
-    assert code == 0 and "60 examples (3 for validation)" in out, err
+    assert code == 0 and "57 examples to train on" in out, err
     tokens, _ = read_shard(tmp_path / "out/q-a_train_00000.bin")
     text = bytes(t for t in tokens.tolist() if t < 256).decode()
     assert text.count("\nA: ") == 57
