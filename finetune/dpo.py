@@ -46,8 +46,10 @@ class PreferenceLoss:
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=reference.device)
 
     def __call__(self, h, targets, documents):
-        """The mean loss of a batch's pairs, (). h (B, T, C): the last norm's output. targets (B, T):
-        -1 does not count. documents (B, T): the examples' numbers, as run/data.py counts them."""
+        """The mean loss of a batch's pairs, ().
+
+        h (B, T, C): the last norm's output. targets (B, T): -1 does not count. documents (B, T):
+        the examples' numbers, as run/data.py counts them."""
         examples, log_p = log_probabilities(self.model, h, targets, documents)  # (2 P,) each
         rewards = self.beta * (log_p - self.reference[examples - 1])
         chosen, rejected = rewards.view(-1, 2).unbind(1)  # (P,) each
@@ -170,7 +172,9 @@ def of_all_pairs(run, count):
 def write(path, reference):
     """Exits with one line if it cannot be written, or is not finite."""
     if not np.isfinite(reference).all():
-        raise SystemExit("error: the starting model's log-probabilities are not finite: is it whole?")
+        raise SystemExit(
+            "error: log-probabilities by the starting model are not finite: is it whole?"
+        )
     try:
         with replacing(path) as f:
             np.save(f, reference)

@@ -393,14 +393,15 @@ def test_answers_that_both_sides_have_are_context(chat):
 def test_a_system_text_comes_first(chat):
     record = {"system": "be brief", "prompt": "how", "chosen": "good", "rejected": "bad"}
     made, not_used = pair(chat, record, TEXTS, chat=True)
-    assert all(text.startswith("<|start|>system\nbe brief<|end|>") for text, _ in shown(chat, made))
+    begin = "<|start|>system\nbe brief<|end|>"
+    assert all(text.startswith(begin) for text, _ in shown(chat, made))
     assert not not_used
 
 
 def test_a_template_that_rewrites_turns_allows_one_answer(tmp_path):
     """Of a side: Qwen3's leaves out what was thought before."""
-    template = ("{% for m in messages %}<|start|>{{ m.role }} {% if m.role == 'user' or loop.last %}"
-                "{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    template = ("{% for m in messages %}<|start|>{{ m.role }} {% if m.role == 'user' or loop.last "
+                "%}{{ m.content }}{% endif %}<|end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|start|>assistant {% endif %}")
     chat = with_template(tmp_path, template)
     begin = said("user", "a") + said("assistant", "film") + said("user", "how")
