@@ -291,7 +291,8 @@ class ProjectedWeight(Trained):
             self.moves = self.projection.basis is not None
         more = o.accumulating or len(layer.uses) > 0  # parts of this step's gradient
         self.begin()
-        self.dtype = x.dtype  # of the products that follow
+        # of the products that follow: a step's elements are too small for float16
+        self.dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         if self.moves:
             self.gather("gradient", *self.factors(x, dy), more)
         # by SVD a first basis comes from the first micro-batch alone: the sums of all layers' whole

@@ -2,10 +2,15 @@
 Generate text from a run's checkpoint, token by token:
     python sample.py --out_dir=out-demo --prompt="The function" --temperature=0.8 --top_k=40
     python sample.py config/demo.py --num_samples=3
+
+or talk with a model that has a chat template. Each line is a message; Ctrl-C ends an answer, and
+Ctrl-D the chat:
+    python sample.py --out_dir=out-smollm2 --chat=True
 """
 
 import os
 import sys
+from functools import partial
 
 from configurator import above, at_least, configure, one_of
 
@@ -13,6 +18,7 @@ from configurator import above, at_least, configure, one_of
 # text
 out_dir = "out"  # whose ckpt.pt to read; or a Hugging Face directory or repository
 prompt = "\n"
+chat = False  # each line of standard input is a prompt, in the checkpoint's chat template
 num_samples: at_least(1) = 1
 max_new_tokens: at_least(1) = 300
 # choice of tokens
@@ -33,7 +39,8 @@ from run.checkpoint import load_model
 from run.device import check_device, pick_device
 from run.encodings import get_encoding
 from run.finite import first_not_finite
-
+from run.show import Typed
+from run.talk import Talk
 
 PROMPT_END = "|>"  # is shown where the prompt ends and the model goes on
 
@@ -49,6 +56,12 @@ def main(s):
     if bad is not None:
         raise SystemExit(f"error: {s.out_dir}: weight {bad} is not finite: nothing can be sampled")
     encoding = get_encoding(name)
+    choice = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+    if s.chat:
+        generator = torch.Generator(device).manual_seed(s.seed)
+        say = partial(generate, model, generator=generator, **choice)
+        Talk(model, encoding, device, say, s.max_new_tokens).go()
+        return
     # a checkpoint's own tokenizer knows special tokens in a text, and may begin with one
     encode = getattr(encoding, "encode_with_special", encoding.encode_ordinary)
     ids = encode(s.prompt) or [encoding.eot_token]
@@ -56,44 +69,32 @@ def main(s):
         ids = encoding.with_bos(ids)
     idx = torch.tensor([ids], device=device)  # (1, T)
     for i in range(s.num_samples):
-        choice = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
         stream(model, encoding, idx, s.max_new_tokens, seed=s.seed + i, mark=PROMPT_END, **choice)
 
 
 def stream(model, encoding, idx, max_new_tokens, temperature, top_k, top_p, seed, mark=""):
     """Print the prompt idx (1, T) int64, `mark`, and each next token as soon as it is known."""
     generator = torch.Generator(idx.device).manual_seed(seed)
-    ids = idx[0].tolist()
-    shown = 0
-
-    def show(end):
-        # all ids anew, about 0.1 ms a thousand: what one token reads as depends on those before it
-        nonlocal shown
-        text = encoding.decode(ids)
-        if not end:  # a character may span tokens, and is this until it is whole
-            text = text.rstrip("\ufffd")
-        print(text[shown:], end="\n" if end else "", flush=True)
-        shown = max(shown, len(text))
-
-    show(end=False)
+    typed = Typed(encoding)
+    typed.add(*idx[0].tolist())
     print(mark, end="", flush=True)
     for token in generate(model, idx, max_new_tokens, temperature, top_k, top_p, generator):
-        if token.item() < encoding.n_vocab:  # vocab_size may be padded beyond the encoding's
-            ids.append(token.item())
-            show(end=False)
-    show(end=True)
+        typed.add(token.item())
+    typed.end()
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+             caches=None):
     """Yield max_new_tokens times the next token of each row, (B, 1) int64, after idx (B, T).
 
     temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all tokens in; else the k
     likeliest, and of those the fewest whose probabilities sum to top_p. Each token costs one
-    position's work: keys and values are kept."""
-    caches = [{} for _ in model.blocks]
+    position's work: keys and values are kept, in `caches` if given, one dict a block, with those of
+    the text before idx."""
+    caches = caches or [{} for _ in model.blocks]
     idx = idx[:, -model.config.block_size :]
-    position = 0
+    position = caches[0]["k"].shape[2] if caches[0] else 0
     for _ in range(max_new_tokens):
         logits = model(idx, caches=caches, position=position)  # (B, V)
         position += idx.shape[1]

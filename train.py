@@ -89,7 +89,7 @@ lr_decay_iters: at_least(0) = 0  # 0 = max_iters
 min_lr: between(-1, 100) = -1.0  # negative = a tenth of learning_rate
 # system
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
-dtype: one_of("auto", "bfloat16", "float32") = "auto"  # bfloat16 where the GPU has it, else float32
+dtype: one_of("auto", "bfloat16", "float16", "float32") = "auto"  # GPU: bfloat16, or else float16
 threads: between(0, 4096) = 0  # of the CPU; 0: OMP_NUM_THREADS, or by the model's size
 seed: between(0, 2**63 - 1) = 1337
 rank_timeout: between(0.001, 1e6) = 600.0  # seconds that ranks wait for one another
@@ -104,13 +104,13 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from kernels.launch import compile_fused
-from run import foreign
 from run.by_block import forward_backward
 from run.checkpoint import save_checkpoint, whole_state
 from run.data import make_data, open_windows, shares_of
-from run.device import flops_per_token
+from run.device import flops_per_token, loss_scale
 from run.finite import check_finite
 from run.folder import Folder
+from run.foreign import special_loss
 from run.log import Clock, Log, begin, end
 from run.memory import fits
 from run.ranks import Ranks
@@ -146,10 +146,10 @@ def start(s, folder, began):
     if s.compile:
         compile_fused(s.device)
     run = Run(s, method, model, optimizer, train_data, val_data, ranks)
+    ranks.loss_scale = loss_scale(s, compute_dtype)
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)
-    if s.dpo_beta:
-        foreign.preferences().attach(run, checkpoint)
+    run.figures = special_loss(run, checkpoint)
     if checkpoint is not None:
         restore(run, checkpoint)
     if s.eval_only:
@@ -202,7 +202,6 @@ class Run:
         self.val_data = val_data
         self.ranks = ranks
         self.autocast = nullcontext()
-        self.figures = lambda prefix: {}  # of a loss that has more to tell, {name: number}
         self.clock = Clock(s, ranks, flops_per_token(model.config))
         self.it = 0  # steps taken
         self.saved = "there is no checkpoint"
@@ -268,7 +267,7 @@ class Run:
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1
-        return loss
+        return loss / self.ranks.loss_scale
 
     def on_device(self, batch):
         x, y, documents = batch  # documents are read on the host

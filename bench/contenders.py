@@ -166,8 +166,9 @@ def measure(s, kind, dtype):
     phases = Phases(kind)
     baseline = peak_gib(kind)
 
-    # as in train.py: AdamW's weights are float32, under autocast
-    weight_dtype = torch.float32 if s.contender == "adamw" else dtype
+    # as in train.py: AdamW's weights are float32, under autocast, and so are all under float16
+    keeps_float32 = s.contender == "adamw" or dtype == torch.float16
+    weight_dtype = torch.float32 if keeps_float32 else dtype
     autocast = torch.autocast(kind, dtype) if weight_dtype != dtype else nullcontext()
     torch.manual_seed(s.seed)
     if is_peer:

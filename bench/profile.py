@@ -34,7 +34,8 @@ def main(s):
     torch.manual_seed(s.seed)
     s.contender = s.method
     phases = Phases(kind)
-    weight_dtype = torch.float32 if s.method == "adamw" else dtype
+    keeps_float32 = s.method == "adamw" or dtype == torch.float16
+    weight_dtype = torch.float32 if keeps_float32 else dtype
     model, optimizer, _ = build_ours(s, kind, weight_dtype, phases)
     if s.compile:
         compile_fused(kind)

@@ -1,11 +1,11 @@
 """
 Pretrained checkpoints: in, tuned, judged and out again. The core never imports this room.
 
-    hf.py                 Hugging Face checkpoints out, and in: hf_load.py
+    hf.py                 Hugging Face checkpoints out, and in: hf_load.py; push.py: to the hub
     architectures.py      those that there are; hf_config.py: what a config.json says
-    hf_files.py           safetensors files; fields.py, paths.py: JSON's fields, where all that lies
-    tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template
-    hf_tokenizer.py       the tokenizer of an export
+    gguf_model.py         for llama.cpp; gguf_tokenizer.py; hf_files.py: safetensors files
+    fields.py, paths.py   the fields of a stranger's JSON; where checkpoints lie
+    tokenizer.py          of a checkpoint; chat.py: its template; hf_tokenizer.py: of an export
     prepare_sft.py        inputs.py (hub_data.py, parquet.py) made into examples.py, by templates.py
                           or conversations.py of messages.py; rows.py, preview.py; example_shards.py
     dpo.py                the loss of preferences, on pairs of prepare_dpo.py

@@ -49,7 +49,7 @@ class PreferenceLoss:
         """The mean loss of a batch's pairs, ().
 
         h (B, T, C): the last norm's output. targets (B, T): -1 does not count. documents (B, T):
-        the examples' numbers, as run/data.py counts them."""
+        the examples' numbers, as run/data.py counts them; on the host, as attention reads them."""
         examples, log_p = log_probabilities(self.model, h, targets, documents)  # (2 P,) each
         rewards = self.beta * (log_p - self.reference[examples - 1])
         chosen, rejected = rewards.view(-1, 2).unbind(1)  # (P,) each
@@ -76,7 +76,7 @@ def log_probabilities(model, h, targets, documents):
 
     Arguments: as for PreferenceLoss."""
     counts = targets >= 0  # (B, T)
-    numbers = documents[counts]  # (N,) of N targets
+    numbers = documents.to(h.device)[counts]  # (N,) of N targets
     softcap = model.config.logit_softcap
     log_p = -token_losses(h[counts], model.head_rows(), targets[counts], softcap)  # (N,)
     examples = numbers.unique()  # sorted
@@ -89,7 +89,8 @@ def log_probabilities(model, h, targets, documents):
 
 
 def attach(run, checkpoint):
-    """Give a run of train.py the loss of preferences. checkpoint: that it goes on from, or None.
+    """Give a run of train.py the loss of preferences; returns its figures(). checkpoint: that the
+    run goes on from, or None.
 
     The reference is found beside the shards, or made: a run that goes on cannot make it, as its
     model has moved. Exits with one line if there is none."""
@@ -120,7 +121,7 @@ def attach(run, checkpoint):
     reference = torch.from_numpy(read(path, count)).to(s.device)
     loss = PreferenceLoss(run.model, s.dpo_beta, reference, run.ranks)
     run.model.loss = loss
-    run.figures = loss.figures
+    return loss.figures
 
 
 def fingerprint(model, dtype):
@@ -164,9 +165,11 @@ def of_all_pairs(run, count):
                 h = run.model.hidden(x, documents=documents)
                 examples, log_p = log_probabilities(run.model, h, y, documents)
             reference[examples - 1] = log_p
-    ranks.sum_(reference, lambda total: None)  # an example is one rank's, and 0 elsewhere
+    reference *= ranks.loss_scale  # a power of two, by which sum_ divides
+    totals = []
+    ranks.sum_(reference, totals.append)  # an example is one rank's, and 0 elsewhere
     ranks.land()
-    return reference.cpu().numpy()
+    return totals[0].cpu().numpy()
 
 
 def write(path, reference):

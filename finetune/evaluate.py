@@ -47,7 +47,7 @@ stop = "Question:"  # it ends before this, too; \n for a newline; '': at end-of-
 
 # computation
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
-dtype: one_of("auto", "bfloat16", "float32") = "auto"  # of what is not in 8 bits; auto: see above
+dtype: one_of("auto", "bfloat16", "float16", "float32") = "auto"  # of what is not in 8 bits; auto: see above
 weight_bits: one_of(4, 8, 16) = 8  # of a Hugging Face model's matrices; 16: as they are, 4: NF4
 
 if __name__ == "__main__":

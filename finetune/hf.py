@@ -2,33 +2,64 @@
 Hugging Face checkpoints in and out, of all that architectures.py lists.
     python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-tuned
     python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-int8 --int8=True
+    python -m finetune.hf --out_dir=out-smollm2 --export=smollm2-tuned.gguf
+    python -m finetune.hf --export=smollm2-tuned --push=owner/name
 
 The first makes a directory in bfloat16, for transformers and lm_eval. The second keeps the INT8
-weights as they are, for hf.load().
+weights as they are, for hf.load(). The third makes a file for llama.cpp and Ollama. The fourth
+uploads what was made to a repository of yours; with an --out_dir it makes it first.
 
-load() is in hf_load.py, and save() here: at most 2 GiB are made float at a time.
+load() is in hf_load.py, and save() here: at most 2 GiB are made float at a time. The file is
+gguf_model.py's.
 """
 
+import importlib.util
 import os
 import sys
 
-from configurator import configure
+from configurator import configure, one_of
 from finetune.paths import check_new, is_hub_name, local
+from finetune.push import ready, upload
 
 # input and output
 out_dir = "out"  # the run whose newest checkpoint to export
-export = ""  # the directory to make
-int8 = False  # the INT8 weights as they are. False: all in bfloat16, adapters merged
+export = ""  # the directory to make, or the file, NAME.gguf
+int8 = False  # a directory: the INT8 weights as they are. False: all in bfloat16, adapters merged
+gguf: one_of("q8_0", "f16") = "q8_0"  # a file: what its matrices are in
+# to the Hugging Face hub
+push = ""  # owner/name of the repository that gets it. Empty: none
+private = True  # of a repository that is made
+push_over = False  # a repository that has files: those of the same names are replaced
 
 
 def check(s):
     """Exit with one line for what can be said before torch is loaded, which takes seconds."""
     if not s.export:
-        raise SystemExit("error: name the directory to make with --export=DIR")
+        raise SystemExit("error: name what to make with --export=DIR, or --export=NAME.gguf")
+    is_file = s.export.endswith(".gguf")
     try:
-        check_new(s.export)
+        if not is_made(s):
+            check_new(s.export, "file" if is_file else "directory")
+        if s.push:
+            ready(s.push, s.push_over)
     except ValueError as e:
         raise SystemExit(f"error: {e}")
+    if is_file and s.int8:
+        raise SystemExit("error: --int8=True is of a directory: a .gguf file has --gguf=q8_0")
+    if not is_file and "gguf" in s.given:
+        raise SystemExit(f"error: {s.given['gguf']}: the file to make is --export=NAME.gguf")
+    if is_file and importlib.util.find_spec("gguf") is None:
+        raise SystemExit("error: a .gguf file takes the gguf package: pip install gguf")
+
+
+def is_made(s):
+    """Whether what is to be uploaded is there already: nobody has named a run to make it of."""
+    path = os.path.expanduser(s.export)
+    if not s.push or "out_dir" in s.given or not os.path.lexists(path):
+        return False
+    if not os.path.isfile(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{s.export}: is no export: it has no config.json")
+    return True
 
 
 if __name__ == "__main__":
@@ -43,6 +74,7 @@ import tiktoken
 import torch
 from safetensors import SafetensorError
 
+from finetune import gguf_model
 from finetune.architectures import ARCHITECTURES
 from finetune.hf_config import config_json, described, settings  # noqa: F401
 from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
@@ -182,13 +214,28 @@ def _tokenizer(name):
 def main(s):
     check(s)
     try:
-        model, name = load_model(os.path.expanduser(s.out_dir), "cpu")
-        like, encoding = _tokenizer(name)
-        save(model, s.export, like, s.int8, encoding=encoding)
+        if not is_made(s):
+            make(s)
+        if s.push:
+            path = os.path.expanduser(s.export)
+            where = upload(path, s.push, ready(s.push, s.push_over), s.private)
+            print(f"{where}: uploaded")
     except ValueError as e:
         raise SystemExit(f"error: {e}")
+
+
+def make(s):
+    """Export the run."""
+    model, name = load_model(os.path.expanduser(s.out_dir), "cpu")
+    like, encoding = _tokenizer(name)
+    if s.export.endswith(".gguf"):
+        gguf_model.save(model, s.export, s.gguf, like, encoding)
+    else:
+        save(model, s.export, like, s.int8, encoding=encoding)
     kind = "for transformers: AutoModelForCausalLM.from_pretrained"
-    if s.int8:
+    if s.export.endswith(".gguf"):
+        kind = f"GGUF, {s.gguf}, for llama.cpp and Ollama"
+    elif s.int8:
         kind = "INT8, for hf.load"
     print(f"{s.export}: {kind}")
 

@@ -48,13 +48,14 @@ def is_hub_name(name):
     return not odd and re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None
 
 
-def check_new(path):
+def check_new(path, kind="directory"):
     """The absolute path of a directory that is to be made, with those above it that are missing.
+    kind: what it is to be, for messages.
 
     Raises ValueError if there is something already, or if nothing can be made there."""
     new = os.path.abspath(os.path.expanduser(path))
     if os.path.lexists(new):
-        raise ValueError(f"{path}: exists; name a new directory")
+        raise ValueError(f"{path}: exists; name a new {kind}")
     above = os.path.dirname(new)
     while not os.path.lexists(above):
         above = os.path.dirname(above)

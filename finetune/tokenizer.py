@@ -142,6 +142,7 @@ class Tokenizer:
 
         # which tokens start and end a text
         model = _settings(folder, "config.json")
+        self._ends = [model, _settings(folder, "generation_config.json")]
         self.bos_token = self._id("bos", model, vocabulary.bos)
         self.eot_token = self._id("eos", model, vocabulary.eos)
         if self.eot_token is None:
@@ -150,7 +151,7 @@ class Tokenizer:
         if adds is None:
             adds = self._processor_adds_bos()
         self.add_bos_token = self.bos_token is not None and adds
-        self._token_names = self._names_of_tokens()
+        self.token_names = self._names_of_tokens()  # {"bos_token": token, ...}
         named = _chat_templates(folder, self._settings)
         self.chat_template = named.get("default")
         self.tool_template = named.get("tool_use", self.chat_template)
@@ -182,7 +183,7 @@ class Tokenizer:
                 f"error: encoding {self.name}: has no chat template; "
                 "messages need an instruct model's"
             )
-        given = {"tools": None, "documents": None} | (fields or {}) | self._token_names
+        given = {"tools": None, "documents": None} | (fields or {}) | self.token_names
         given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         template = self.chat_template if given["tools"] is None else self.tool_template
         return self._asked(chat.render, template, given)
@@ -194,6 +195,22 @@ class Tokenizer:
         for template in (self.chat_template, self.tool_template):
             names.update(self._asked(chat.names, template))
         return names
+
+    @functools.cached_property
+    def end_tokens(self):
+        """The ids that end an answer: of the settings, and what the chat template writes there."""
+        found = {self.eot_token}
+        for settings in self._ends:
+            value = settings.take("eos_token_id", (int, list), "a token's number, or several", [])
+            found.update([value] if type(value) is int else value)
+        if self.chat_template is not None:
+            with contextlib.suppress(ValueError):  # it refuses the two
+                asked = {"role": "user", "content": "a question"}
+                said = {"role": "assistant", "content": "the answer"}
+                _, _, after = self.render([asked, said]).rpartition(said["content"])
+                ids = self.encode_with_special(after.strip())[:1]
+                found.update({self.vocabulary[token] for token in self.special}.intersection(ids))
+        return found
 
     def _asked(self, what, *args):
         """What chat's function says of a template."""
@@ -249,7 +266,7 @@ class Tokenizer:
 
 def _read_json(path):
     """The Vocabulary in a tokenizer.json."""
-    tokenizers = _library("tokenizers", path)
+    tokenizers = library("tokenizers", path)
     try:
         parts = read_json(*os.path.split(path))
         tokenizer = tokenizers.Tokenizer.from_file(path)
@@ -323,7 +340,7 @@ def _is_sentencepiece(path):
 
 def _read_sentencepiece(path, folder):
     """The Vocabulary in a sentencepiece model, with what the folder's settings add to it."""
-    sentencepiece = _library("sentencepiece", path)
+    sentencepiece = library("sentencepiece", path)
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=path)
     except Exception as e:  # RuntimeError, and OSError without an errno
@@ -454,7 +471,7 @@ def _with_special_tokens(encoding, folder):
 # what lies beside the vocabulary
 
 
-def _library(name, path):
+def library(name, path):
     """A library that only some checkpoints need, and that may be missing."""
     try:
         return importlib.import_module(name)

@@ -105,14 +105,14 @@ def make_data(s, ranks):
 
 
 def shares_of(batches, windows, s, ranks):
-    """The weight of each micro-batch's mean loss in the step's loss: [float].
+    """The weight of each micro-batch's mean loss in the step's loss, times its scale: [float].
 
     batches: of this rank, from `windows`."""
     if not windows.rows:
-        return [1 / s.gradient_accumulation_steps] * len(batches)
+        return [ranks.loss_scale / s.gradient_accumulation_steps] * len(batches)
     weights = [windows.weight(y, documents) for _, y, documents in batches]
     of_step = max(1, ranks.total(sum(weights)))
-    return [weight / of_step for weight in weights]
+    return [weight / of_step * ranks.loss_scale for weight in weights]
 
 
 class Windows:
@@ -270,8 +270,9 @@ class Windows:
         pairs each pair."""
         if not self.rows:
             return 1
-        targets = y >= 0
-        return len(documents[targets].unique()) // 2 if self.pairs else targets.sum().item()
+        if not self.pairs:
+            return (y >= 0).sum().item()
+        return len(documents[(y >= 0).to(documents.device)].unique()) // 2
 
     def _open(self, shard):
         path = self.paths[shard]

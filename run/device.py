@@ -34,20 +34,30 @@ def check_device(kind):
 
 
 def pick_dtype(name, kind):
-    """The float type of computation for a setting "auto", "bfloat16" or "float32".
+    """The float type of computation for a setting "auto", "bfloat16", "float16" or "float32".
 
-    "auto" is bfloat16 where the GPU has it, else float32."""
+    "auto" is float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
     here = kind == "cuda" and torch.cuda.is_available()
     lacks_bf16 = here and not torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        name = "float32" if kind == "cpu" or lacks_bf16 else "bfloat16"
+        name = "float32" if kind == "cpu" else "float16" if lacks_bf16 else "bfloat16"
         if lacks_bf16:
-            print("note: this GPU has no bfloat16: all runs in float32, with twice the activations")
+            print("note: this GPU has no bfloat16: products are in float16")
     elif name == "bfloat16" and lacks_bf16:
         raise SystemExit(
-            "error: this GPU has no bfloat16 (Ampere and later have): use --dtype=float32"
+            "error: this GPU has no bfloat16 (Ampere and later have): use --dtype=float16"
         )
     return getattr(torch, name)
+
+
+def loss_scale(s, dtype):
+    """What the loss of settings s is multiplied by before backward: 1, but in float16 a power of
+    two near the tokens of a step.
+
+    The mean's gradients at a token are below float16's least, 6e-8, where those of the sum of the
+    tokens' losses are near 1. What overflows all the same is not finite, and counts as zero."""
+    tokens = s.batch_size * s.block_size * s.gradient_accumulation_steps
+    return 2.0 ** (tokens.bit_length() - 1) if dtype == torch.float16 else 1.0
 
 
 def choose_floats(s):
@@ -59,8 +69,13 @@ def choose_floats(s):
         check_device(s.device)
     compute_dtype = pick_dtype(s.dtype, s.device)
     s.dtype = str(compute_dtype).removeprefix("torch.")
-    weight_dtype = torch.float32 if s.weight_bits == 32 else compute_dtype
-    return weight_dtype, compute_dtype
+    return weights_in(s, compute_dtype), compute_dtype
+
+
+def weights_in(s, dtype):
+    """The dtype of float weights where products are in `dtype`. Steps would be lost in weights of
+    float16, and a residual stream might overflow it: they are float32, under autocast."""
+    return torch.float32 if s.weight_bits == 32 or dtype == torch.float16 else dtype
 
 
 def choose_threads(shape, tokens, threads=0, cores=None):

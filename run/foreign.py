@@ -19,6 +19,11 @@ def tokenizers():
     return importlib.import_module("finetune.tokenizer")
 
 
-def preferences():
-    """finetune/dpo.py: attach()."""
-    return importlib.import_module("finetune.dpo")
+def special_loss(run, checkpoint):
+    """Give a run of train.py the loss of its settings, if that is not the next token's.
+
+    checkpoint: that it goes on from, or None. Returns what tells of the loss since it was last
+    asked: a function of a prefix of names, to {name: number}."""
+    if not run.s.dpo_beta:
+        return lambda prefix: {}
+    return importlib.import_module("finetune.dpo").attach(run, checkpoint)

@@ -54,6 +54,7 @@ class Ranks:
         self.size = 1
         self.sent = 0  # bytes handed to torch.distributed; whoever logs them sets this back to 0
         self.flying = deque()  # sums on their way: (work, tensor, then)
+        self.loss_scale = 1.0  # what the loss was multiplied by: sums of gradients are divided by it
         self.agreements = 0  # calls of agree(): each has its own names in the store
         if facts is None or not _started_by_torchrun():
             return  # an ordinary run
@@ -151,11 +152,12 @@ class Ranks:
             pass
 
     def sum_(self, tensor, then):
-        """Sum a tensor over all ranks in place, and call then(tensor) when the sum is there.
+        """Sum a gradient over all ranks, and call then(tensor) when the sum is there.
 
-        The calls of `then` come in the order of the calls of sum_. land() waits for the last."""
+        In place, and divided by loss_scale, in float32, if it is not 1. The calls of `then` come in
+        the order of the calls of sum_. land() waits for the last."""
         if self.size == 1:
-            then(tensor)
+            then(self._unscaled(tensor))
             return
         self.sent += tensor.nbytes
         work = self._waiting(dist.all_reduce, tensor, async_op=True)  # returns at once
@@ -172,7 +174,10 @@ class Ranks:
     def _land_one(self):
         work, tensor, then = self.flying.popleft()
         self._waiting(work.wait)  # on a GPU the stream waits, not the host
-        then(tensor)
+        then(self._unscaled(tensor))
+
+    def _unscaled(self, gradient):
+        return gradient if self.loss_scale == 1 else gradient.float().div_(self.loss_scale)
 
     def any(self, flag):
         """Whether any rank's flag is true."""

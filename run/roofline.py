@@ -24,7 +24,7 @@ from qgalore import QGaLore
 from quant import bitsandbytes
 from run.by_block import kept_bytes
 from run.cards import card_here, card_named
-from run.device import GIB
+from run.device import GIB, weights_in
 
 FEW, MORE = 1, 2  # blocks of the two models that are counted for a deep one
 PHASES = ("forward", "backward", "projection", "update", "refresh")
@@ -78,10 +78,10 @@ class Step:
 
 def step_on(card, s):
     """The Step of settings s on a Card, in the floats that the card has."""
-    dtype = torch.bfloat16 if card.has_bf16 else torch.float32
-    if s.dtype == "float32" and "dtype" in s.given:
-        dtype = torch.float32
-    weight_dtype = torch.float32 if s.weight_bits == 32 else dtype
+    dtype = torch.bfloat16 if card.has_bf16 else torch.float16
+    if s.dtype in ("float16", "float32") and "dtype" in s.given:
+        dtype = getattr(torch, s.dtype)
+    weight_dtype = weights_in(s, dtype)
     copied = kept_bytes(s, dtype) if s.by_block else 0
     if s.low_rank or s.n_layer <= FEW:  # blocks that are not alike, or few
         return Step(s, *count(s, s.n_layer, weight_dtype, dtype), copied)

@@ -661,6 +661,17 @@ for dtype in (torch.bfloat16, torch.float32):
 quantized.dequantize_int8(*quant.quantize_int8(w), torch.bfloat16)
 quantized.dequantize_int8(*quant.quantize_int8(w))
 quantized.dequantize_int4(*quant.quantize_int4(w), torch.bfloat16)
+# what a card without bfloat16 runs besides
+half = w.half()
+quantized.dequantize_int8(*quant.quantize_int8(w), torch.float16)
+quantized.dequantize_int4(*quant.quantize_int4(w), torch.float16)
+quantized.quantize_int8(half, 256)
+products.round_rows(half)
+rows.cross_entropy_(half, torch.zeros(64, dtype=torch.int64), 0.0)
+rows.rms_norm(w, half, w[0], 1e-5, torch.float16)
+rows.rms_norm_backward(half, w, w, w[0], torch.zeros(64, 1))
+x = torch.zeros(1, 1, 32, 128, dtype=torch.float16)
+rows.turned(x, x, x[0, 0, :1, :64], x[0, 0, :1, :64])
 y = torch.zeros(2, 64, 512, dtype=torch.bfloat16)
 symmetric.gram_matrix(y.mT, y)
 symmetric.polynomial(y[..., :64], 1.0, 1.0, 1.0, y)
@@ -695,7 +706,9 @@ for kernel, args, options in launches:
     if (signature, constants, options) in compiled:
         continue
     compiled.append((signature, constants, options))
-    for capability in (*turing, 86, 89, 90, 120):  # Ampere, Ada, Hopper, Blackwell
+    is_half = any(torch.is_tensor(arg) and arg.dtype == torch.float16 for arg in args)
+    newer = () if is_half else (86, 89, 90, 120)  # Ampere, Ada, Hopper, Blackwell
+    for capability in (*turing, *newer):
         source = ASTSource(kernel, signature, constants, divisible)
         target = GPUTarget("cuda", capability, 32)
         binary = triton.compile(source, target=target, options=options)
