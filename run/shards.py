@@ -23,7 +23,7 @@ Rows come from finetune/prepare_sft.py. Each holds whole examples and then paddi
 bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example starts with it. In rows
 of run/protocol.py the one example is a document.
 
-Rows of finetune/prepare_dpo.py hold whole pairs: an example that is preferred, then one that is not.
+Rows of finetune/prepare_dpo.py hold whole pairs: an example that is chosen, then one that is not.
 The second one's first token has the bit REJECTED, too.
 """
 
