@@ -409,13 +409,13 @@ class LLaMA(nn.Module):
                 x = block(x, *beside[i], caches[i] if caches else None)
         return self.norm(x)
 
-    def _head_rows(self):
+    def head_rows(self):
         """The head's weight (V, C): a tensor, or a QEmbedding."""
         return self.head if isinstance(self.head, QEmbedding) else self.head.weight
 
     def logits(self, h):
         """Logits (..., vocab_size), float32, of hidden states h (..., C)."""
-        logits = head_logits(h, self._head_rows())
+        logits = head_logits(h, self.head_rows())
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -434,4 +434,4 @@ class LLaMA(nn.Module):
         if documents is not None:  # examples, of which few tokens count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
             h, targets = h[at], targets[at]
-        return head_loss(h, self._head_rows(), targets, self.config.logit_softcap)
+        return head_loss(h, self.head_rows(), targets, self.config.logit_softcap)

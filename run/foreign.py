@@ -1,8 +1,9 @@
 """
-Names of things that this project did not make: a Hugging Face directory, or a hub repository.
+What fine-tuning alone needs: a Hugging Face directory or a hub repository, which this project did
+not make, and the loss of preferences.
 
-finetune/ reads these. Neither train.py nor anything else outside of finetune/ imports it: it is
-loaded here, when a user has named such a thing, and not before.
+finetune/ has these. Neither train.py nor anything else outside of finetune/ imports it: it is
+loaded here, when a user has asked for such a thing, and not before.
 """
 
 import importlib
@@ -16,3 +17,13 @@ def checkpoints():
 def tokenizers():
     """finetune/tokenizer.py: get_tokenizer()."""
     return importlib.import_module("finetune.tokenizer")
+
+
+def special_loss(run, checkpoint):
+    """Give a run of train.py the loss of its settings, if that is not the next token's.
+
+    checkpoint: that it goes on from, or None. Returns what tells of the loss since it was last
+    asked: a function of a prefix of names, to {name: number}."""
+    if not run.s.dpo_beta:
+        return lambda prefix: {}
+    return importlib.import_module("finetune.dpo").attach(run, checkpoint)

@@ -392,7 +392,7 @@ def test_a_shard_that_is_replaced_during_a_run_is_refused(tmp_path):
     [
         ([2, 0, 0, 0] * 3, "has no target"),
         ([3, 0, 0, 0] * 3, "has no target"),  # before its row's first token is nothing
-        ([2, 1, 4, 0] * 3, "damaged: 4 is no flag"),
+        ([2, 1, 8, 0] * 3, "damaged: 8 is no flag"),
         ([2, 1, 1, 255] * 3, "damaged: 255"),
         ([2, 0, 0, 0] * 2 + [2, 0, 0, 1], ""),
     ],
