@@ -4,7 +4,7 @@ LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
 Fields of LLaMAConfig make its relatives, from Mistral's window over the keys to Gemma 3's two kinds
-of RoPE: finetune/architectures.py has what each one is.
+of RoPE: finetune/checkpoints/architectures.py has what each one is.
 
 Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
 bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte

@@ -53,13 +53,13 @@ import os
 
 import numpy as np
 
-from finetune import parquet
-from finetune.conversations import conversations, template_fields, unused, without_nothing
-from finetune.example_shards import prepare
-from finetune.examples import Example, check_template, of_pieces
-from finetune.inputs import shown_name
-from finetune.messages import messages_of
-from finetune.templates import fields_in, fill, template
+from finetune.data import parquet
+from finetune.data.conversations import conversations, template_fields, unused, without_nothing
+from finetune.data.example_shards import prepare
+from finetune.data.examples import Example, check_template, of_pieces
+from finetune.data.inputs import shown_name
+from finetune.data.messages import messages_of
+from finetune.data.templates import fields_in, fill, template
 from run.shards import IN_LOSS, REJECTED
 
 MAKER = "finetune.prepare_dpo"

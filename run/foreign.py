@@ -10,13 +10,13 @@ import importlib
 
 
 def checkpoints():
-    """finetune/hf_load.py: local(), settings(), put_low_rank(), load_weights(), load()."""
-    return importlib.import_module("finetune.hf_load")
+    """finetune/checkpoints/hf_load.py: local(), settings(), put_low_rank(), load_weights(), load()."""
+    return importlib.import_module("finetune.checkpoints.hf_load")
 
 
 def tokenizers():
-    """finetune/tokenizer.py: get_tokenizer()."""
-    return importlib.import_module("finetune.tokenizer")
+    """finetune/checkpoints/tokenizer.py: get_tokenizer()."""
+    return importlib.import_module("finetune.checkpoints.tokenizer")
 
 
 def special_loss(run, checkpoint):

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from configurator import configure
 from finetune import hf, prepare_dpo
 from finetune.dpo import PreferenceLoss, log_probabilities
-from finetune.examples import Example
+from finetune.data.examples import Example
 from finetune.prepare_dpo import joined, pair, shorten
-from finetune.rows import fill_rows
+from finetune.data.rows import fill_rows
 from kernels.loss import head_loss, token_losses
 from model import LLaMA, LLaMAConfig, plain_linear
 from run.by_block import forward_backward

@@ -20,8 +20,9 @@ import tiktoken
 import numpy as np
 import prepare_c4
 from configurator import configure
-from finetune import prepare_sft, templates
-from finetune.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
+from finetune import prepare_sft
+from finetune.data import templates
+from finetune.checkpoints.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
 from prepare_c4 import check_made_of, prepare
 from run import data, manifest, records
 from run.data import Windows, open_windows
