@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 
 from methods.registry import shape
+from quant import bitsandbytes
 from run.data import make_data, open_windows
 from run.device import flops_per_token, memory_peak
 from run.finite import check_finite
@@ -49,8 +50,8 @@ def main(s):
     began = time.perf_counter()
     s.out_dir = os.path.expanduser(s.out_dir)
     check(s)
+    bitsandbytes()  # before others import it, without its warnings
     try:
-        import bitsandbytes  # noqa
         import peft  # noqa
         import transformers
     except ImportError as e:
