@@ -4,7 +4,7 @@ LLaMA, whose linear layers may be QLinear: INT8 weights with no float copy.
     RMSNorm -> attention (RoPE, grouped queries) -> RMSNorm -> SwiGLU     (arXiv 2302.13971)
 
 Fields of LLaMAConfig make its relatives, from Mistral's window over the keys to Gemma 3's two kinds
-of RoPE: finetune/architectures.py has what each one is.
+of RoPE: finetune/checkpoints/architectures.py has what each one is.
 
 Where the bytes go at 7B: the seven matrices of each block hold 6.48 of its 6.74 billion weights. In
 bf16, weights and gradients take 12 GiB each before there is any optimizer. A QLinear keeps one byte
@@ -409,13 +409,13 @@ class LLaMA(nn.Module):
                 x = block(x, *beside[i], caches[i] if caches else None)
         return self.norm(x)
 
-    def _head_rows(self):
+    def head_rows(self):
         """The head's weight (V, C): a tensor, or a QEmbedding."""
         return self.head if isinstance(self.head, QEmbedding) else self.head.weight
 
     def logits(self, h):
         """Logits (..., vocab_size), float32, of hidden states h (..., C)."""
-        logits = head_logits(h, self._head_rows())
+        logits = head_logits(h, self.head_rows())
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -434,4 +434,4 @@ class LLaMA(nn.Module):
         if documents is not None:  # examples, of which few tokens count: no logits of the others
             at = (targets >= 0).nonzero()[:, 0]
             h, targets = h[at], targets[at]
-        return head_loss(h, self._head_rows(), targets, self.config.logit_softcap)
+        return head_loss(h, self.head_rows(), targets, self.config.logit_softcap)

@@ -74,6 +74,7 @@ stochastic_rounding = True  # False: INT8 weights round to nearest
 moments: one_of("factored", "8bit", "float32") = "factored"  # Adam's; 8bit: the paper's
 accumulation: one_of("int8", "bfloat16", "float32") = "int8"  # sums of micro-batches' gradients;
 # by_block, where one block's exist at a time, bfloat16 unless it is set
+dpo_beta: between(0, 1e6) = 0.0  # above 0: DPO's, on the pairs of finetune/prepare_dpo.py
 # optimizer
 learning_rate: between(0, 100) = 0.01
 max_iters: at_least(0) = 10000  # steps
@@ -109,12 +110,13 @@ from run.data import make_data, open_windows, shares_of
 from run.device import flops_per_token, loss_scale
 from run.finite import check_finite
 from run.folder import Folder
+from run.foreign import special_loss
 from run.log import Clock, Log, begin, end
 from run.memory import fits
 from run.ranks import Ranks
 from run.resume import restore, shards_of
 from run.settle import settle
-from run.show import Progress, say
+from run.show import Progress, in_words, say
 from run.stop import Stop
 
 
@@ -147,12 +149,13 @@ def start(s, folder, began):
     ranks.loss_scale = loss_scale(s, compute_dtype)
     if compute_dtype != weight_dtype:
         run.autocast = torch.autocast(s.device, compute_dtype)
+    run.figures = special_loss(run, checkpoint)
     if checkpoint is not None:
         restore(run, checkpoint)
     if s.eval_only:
         loss = run.evaluate()
         check_finite(run, loss)
-        say(f"--- {s.init_from}: val loss {loss:.4f}")
+        say(f"--- {s.init_from}: val loss {loss:.4f}{in_words(run.figures('val_'))}")
         return ranks.leave()
 
     windows = {"training windows": train_data.total, "validation windows": val_data.total}
@@ -217,9 +220,10 @@ class Run:
             if self.it % s.eval_interval == 0 or self.it >= s.max_iters:
                 self.val_loss = self.evaluate()
                 tokens = self.it * self.clock.tokens_per_step
-                self.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens})
+                more = self.figures("val_")
+                self.write({"iter": self.it, "val_loss": self.val_loss, "tokens": tokens} | more)
                 check_finite(self, self.val_loss)
-                say(f"step {self.it}: val loss {self.val_loss:.4f}")
+                say(f"step {self.it}: val loss {self.val_loss:.4f}{in_words(more)}")
                 if self.it > start:
                     self.save()
                 self.clock.start(self.it)
@@ -248,8 +252,7 @@ class Run:
         batches = []
         for _ in range(s.gradient_accumulation_steps // self.ranks.size):
             batches.append(self.train_data.batch(s.batch_size, self.ranks.rank, self.ranks.size))
-        scale = self.ranks.loss_scale
-        shares = [w * scale for w in shares_of(batches, self.train_data.rows, s, self.ranks)]
+        shares = shares_of(batches, self.train_data, s, self.ranks)
         batches = [self.on_device(batch) for batch in batches]
         if s.by_block:
             loss = forward_backward(self.model, batches, shares, optimizer, self.autocast)
@@ -264,7 +267,7 @@ class Run:
         optimizer.step()
         optimizer.zero_grad()
         self.it += 1
-        return loss / scale
+        return loss / self.ranks.loss_scale
 
     def on_device(self, batch):
         x, y, documents = batch  # documents are read on the host
@@ -281,7 +284,7 @@ class Run:
         counted = 0
         for i in range(batches):
             x, y, documents = self.on_device(data.batch(s.batch_size))
-            weight = (y >= 0).sum().item() if data.rows else 1  # examples' targets count alike
+            weight = data.weight(y, documents)
             counted += weight
             if i % self.ranks.size == self.ranks.rank:
                 with self.autocast:
@@ -294,7 +297,7 @@ class Run:
         if not math.isfinite(loss):
             check_finite(self)
         entry = {"iter": self.it - 1, "loss": loss, "lr": lr} | self.clock.lap(self.it)
-        entry |= self.optimizer.pop_stats()
+        entry |= self.optimizer.pop_stats() | self.figures("")
         if refreshes := self.optimizer.pop_refreshes():
             entry["subspaces"] = refreshes
         self.write(entry)

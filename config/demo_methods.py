@@ -9,7 +9,6 @@ _rates = {
     "relora": 0.004,
     "apollo": 0.008,
     "apollo_mini": 0.008,
-    "qscale": 0.004,
     "qgalore": 0.008,
     "qalice": 0.008,
     "muon": 0.032,

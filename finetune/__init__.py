@@ -1,17 +1,13 @@
 """
 Pretrained checkpoints: in, tuned, judged and out again. The core never imports this room.
 
-    hf.py                 Hugging Face checkpoints out, and in: hf_load.py; push.py: to the hub
-    architectures.py      those that there are; hf_config.py: what a config.json says
-    gguf_model.py         for llama.cpp; gguf_tokenizer.py; hf_files.py: safetensors files
-    fields.py, paths.py   the fields of a stranger's JSON; where checkpoints lie
-    tokenizer.py          the tokenizer of a checkpoint; chat.py: its chat template
-    hf_tokenizer.py       the tokenizer of an export
-    prepare_sft.py        inputs.py (hub_data.py, parquet.py) made into examples.py, by templates.py
-                          or conversations.py of messages.py; rows.py, preview.py; example_shards.py
-    evaluate.py           validation loss, and tasks with known answers, of questions.py
-    adapters.py           LoRA, and LowRank, which takes a matrix's place
-    welore.py             WeLore: a checkpoint whose low-rank matrices become two factors
+    hf.py            a run's model out: to transformers, to llama.cpp, to the hub; load() takes one in
+    prepare_sft.py   prompts and answers, or chats, as shards that train.py reads
+    prepare_dpo.py   chosen and rejected answers; dpo.py: the loss of preferences
+    evaluate.py      validation loss, and tasks with known answers, of questions.py
+    adapters.py      LoRA, and LowRank, which takes a matrix's place
+    welore.py        WeLore: a checkpoint whose low-rank matrices become two factors
 
-Begin with hf.py: load() makes a model of a checkpoint, save() a checkpoint of a model.
+    checkpoints/     formats: config.json, safetensors, tokenizers, chat templates, GGUF
+    data/            records of files and of the hub, made into examples, and these into rows
 """

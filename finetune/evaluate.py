@@ -47,7 +47,7 @@ stop = "Question:"  # it ends before this, too; \n for a newline; '': at end-of-
 
 # computation
 device: one_of("auto", "cuda", "cpu") = "auto"  # cuda where there is one, else cpu
-dtype: one_of("auto", "bfloat16", "float16", "float32") = "auto"  # of what is not in 8 bits; auto: see above
+dtype: one_of("auto", "bfloat16", "float16", "float32") = "auto"  # of what is not in 8 bits
 weight_bits: one_of(4, 8, 16) = 8  # of a Hugging Face model's matrices; 16: as they are, 4: NF4
 
 if __name__ == "__main__":
@@ -72,8 +72,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from finetune.examples import encode
-from finetune.tokenizer import Tokenizer
+from finetune.data.examples import encode
+from finetune.checkpoints.tokenizer import Tokenizer
 from prepare_c4 import encode_long
 from run.checkpoint import checkpoint_paths, load_model
 from run.device import check_device, memory_peak, pick_device

@@ -18,8 +18,8 @@ import os
 import sys
 
 from configurator import configure, one_of
-from finetune.paths import check_new, is_hub_name, local
-from finetune.push import ready, upload
+from finetune.checkpoints.paths import check_new, is_hub_name, local
+from finetune.checkpoints.push import ready, upload
 
 # input and output
 out_dir = "out"  # the run whose newest checkpoint to export
@@ -74,13 +74,13 @@ import tiktoken
 import torch
 from safetensors import SafetensorError
 
-from finetune import gguf_model
-from finetune.architectures import ARCHITECTURES
-from finetune.hf_config import config_json, described, settings  # noqa: F401
-from finetune.hf_files import read_tensor, tensor_files, write_json, write_tensors  # noqa: F401
-from finetune.hf_load import (INT8_NAMES, fused, hf_names, int8_names, load, load_weights,  # noqa: F401
-                              norm_offset)
-from finetune.hf_tokenizer import copy_tokenizer, tokenizer_files, write_tokenizer
+from finetune.checkpoints import gguf_model
+from finetune.checkpoints.architectures import ARCHITECTURES
+from finetune.checkpoints.hf_config import config_json, described, settings  # noqa: F401
+from finetune.checkpoints.hf_files import write_json, write_tensors
+from finetune.checkpoints.hf_load import (INT8_NAMES, fused, hf_names, int8_names,  # noqa: F401
+                                          load, load_weights, norm_offset)
+from finetune.checkpoints.hf_tokenizer import copy_tokenizer, tokenizer_files, write_tokenizer
 from model import QLinear, QMatrix, RMSNorm
 from run.checkpoint import load_model
 from run.encodings import get_encoding

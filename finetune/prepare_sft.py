@@ -10,8 +10,8 @@ Turns examples into shards of rows that train.py fine-tunes on, with a loss on t
     python -m finetune.prepare_sft --input='my.jsonl*2,hf:HuggingFaceTB/smol-smoltalk*0.5' \
         --out_dir=data/chats --encoding=smollm2
 
-What --input may name is in finetune/inputs.py. A prompt and its completion become one example, with
-an end-of-text token after it. A record with "messages", [{"role", "content"}], or ShareGPT's
+What --input may name is in finetune/data/inputs.py. A prompt and its completion become one example,
+with an end-of-text token after it. A record with "messages", [{"role", "content"}], or ShareGPT's
 "conversations", goes through the checkpoint's chat template, and all that the assistant says counts
 in the loss.
 
@@ -53,12 +53,12 @@ seed: at_least(0) = 1337  # of the split, of the rows' order, and of what weight
 if __name__ == "__main__":  # a tokenizer's libraries take a while: what is mistyped is said before
     s = configure(sys.modules[__name__])
 
-from finetune import parquet
-from finetune.example_shards import prepare
-from finetune.examples import examples, not_in_example, shorten
-from finetune.inputs import shown_name
-from finetune.messages import KEYS, key_of
-from finetune.templates import fields_in, templates
+from finetune.data import parquet
+from finetune.data.example_shards import prepare
+from finetune.data.examples import examples, not_in_example, shorten
+from finetune.data.inputs import shown_name
+from finetune.data.messages import KEYS, key_of
+from finetune.data.templates import fields_in, templates
 
 MAKER = "finetune.prepare_sft"
 SETTINGS = "block_size columns prompt completion labels val_fraction packing seed".split()

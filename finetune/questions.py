@@ -11,7 +11,7 @@ import math
 import os
 import re
 
-from finetune.templates import prompt_and_completion, template
+from finetune.data.templates import prompt_and_completion, template
 from run.records import matching, records, table_or_json
 
 # MMLU's own, categories.py of github.com/hendrycks/test. Unlike in lm-eval, anatomy is Other.

@@ -18,7 +18,7 @@ many as before.
 import sys
 
 from configurator import between, configure, one_of
-from finetune.paths import check_new, local
+from finetune.checkpoints.paths import check_new, local
 
 # input and output
 model = ""  # a Hugging Face directory or repository
@@ -54,10 +54,11 @@ from functools import partial
 import torch
 
 from finetune import hf
-from finetune.fields import read_json
-from finetune.hf_config import settings
-from finetune.hf_load import stored
-from finetune.hf_tokenizer import tokenizer_files
+from finetune.checkpoints.fields import read_json
+from finetune.checkpoints.hf_config import settings
+from finetune.checkpoints.hf_files import read_tensor
+from finetune.checkpoints.hf_load import stored
+from finetune.checkpoints.hf_tokenizer import tokenizer_files
 from model import LLaMA, LLaMAConfig, QLinear
 from run.device import check_device, pick_device
 from run.show import Progress
@@ -132,7 +133,7 @@ def compress(path, out, keep=0.5, least=0.5, uniform=False, device="cpu"):
             matrices[name] = our_names[module]
 
     def read(name):
-        return hf.read_tensor(files, name, shapes[name]).to(device)
+        return read_tensor(files, name, shapes[name]).to(device)
 
     # first all spectra, which share one threshold
     values = {}  # (min(out, in),) float32 each, descending

@@ -39,6 +39,14 @@ def head_loss(h, weight, targets, softcap=0.0):
     return _HeadLoss.apply(h, weight, targets, softcap, torch.is_grad_enabled())
 
 
+def token_losses(h, weight, targets, softcap=0.0):
+    """Each token's cross-entropy, (T,) float32: 0 where none counts. Arguments: as for head_loss.
+
+    For losses that weigh tokens by what comes of them, as DPO's: gradients wait for backward, which
+    makes each chunk's logits again."""
+    return _TokenLosses.apply(h, weight, targets, softcap)
+
+
 @with_kernel(rows.cross_entropy_)
 def cross_entropy_(logits, targets, softcap=0.0, gradient=True):
     """Each token's -log softmax(logits)[target], (T,) float32; logits become their own gradient.
@@ -87,44 +95,58 @@ def chunk_length(tokens, cols, dtype):
     return length
 
 
+def _pass(h, weight, targets, softcap, dtype, dh=None, dw=None, scale=None):
+    """One pass over the tokens, chunk by chunk: their losses (T,), and their gradients on the way.
+
+    dtype: of the logits. dh (T, C): overwritten with each token's d(loss)/dh; None: no gradients.
+    dw (V, C): with d(sum of losses)/d(weight); None: the weight has none. scale: (T,) float32,
+    what each token's gradient is multiplied by; None: 1."""
+    is_tensor = isinstance(weight, torch.Tensor)
+    rows_of = weight.to(dtype) if is_tensor else weight
+    cols = len(weight) if is_tensor else weight.out_features  # V
+    losses = [torch.zeros(0, device=h.device)]
+    if dw is not None and len(h) == 0:
+        dw.zero_()
+    length = chunk_length(len(h), cols, dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        for start in chunks(h, len(h), length):
+            at = slice(start, start + length)
+            x = h[at].to(dtype)  # (length, C)
+            logits = _product(x, rows_of)  # (length, V)
+            losses.append(cross_entropy_(logits, targets[at], softcap, dh is not None))
+            if dh is not None:
+                _set_product_(dh[at], logits, rows_of)
+            if scale is not None:  # not of the logits: rows of x and dh are V / C times shorter
+                dh[at] *= scale[at, None]
+                x = (x * scale[at, None]).to(dtype)
+            if dw is not None:
+                _add_product_(dw, logits, x, is_first=start == 0)
+            del logits  # before the next chunk has its own
+    return torch.cat(losses)
+
+
+def _dtype_of_logits(h):
+    """h's dtype, or autocast's."""
+    if torch.is_autocast_enabled(h.device.type):
+        return torch.get_autocast_dtype(h.device.type)
+    return h.dtype
+
+
 class _HeadLoss(torch.autograd.Function):
     """Takes each chunk's gradients in forward, while its logits are at hand. Backward only scales
     them."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, softcap, need_grad):
-        dtype = h.dtype
-        if torch.is_autocast_enabled(h.device.type):
-            dtype = torch.get_autocast_dtype(h.device.type)
-        is_tensor = isinstance(weight, torch.Tensor)
-        rows_of = weight.to(dtype) if is_tensor else weight
-        cols = len(weight) if is_tensor else weight.out_features  # V
-        losses = []
         dh = torch.empty_like(h) if need_grad else None
         # a frozen head has no gradient
         dw = torch.empty_like(weight) if need_grad and ctx.needs_input_grad[1] else None
-
-        if dw is not None and len(h) == 0:
-            dw.zero_()
-        length = chunk_length(len(h), cols, dtype)
-        with torch.autocast(h.device.type, enabled=False):
-            for start in chunks(h, len(h), length):
-                at = slice(start, start + length)
-                x = h[at].to(dtype)  # (length, C)
-                logits = _product(x, rows_of)  # (length, V)
-                losses.append(cross_entropy_(logits, targets[at], softcap, need_grad))
-                if need_grad:
-                    _set_product_(dh[at], logits, rows_of)
-                if dw is not None:
-                    _add_product_(dw, logits, x, is_first=start == 0)
-                del logits  # before the next chunk has its own
-
+        losses = _pass(h, weight, targets, softcap, _dtype_of_logits(h), dh, dw)
         n = (targets >= 0).sum().clamp(min=1)  # tokens that count
         ctx.has_dw = dw is not None
         if need_grad:
             ctx.save_for_backward(n, *((dh, dw) if ctx.has_dw else (dh,)))
-        total = torch.cat(losses).sum() if losses else torch.zeros((), device=h.device)
-        return total / n
+        return losses.sum() / n
 
     @staticmethod
     def backward(ctx, grad):
@@ -133,6 +155,25 @@ class _HeadLoss(torch.autograd.Function):
         scale = grad / n
         dw = dw[0].mul_(scale) if ctx.has_dw else None
         return dh.mul_(scale), dw, None, None, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, targets, softcap):
+        ctx.softcap = softcap
+        ctx.dtype = _dtype_of_logits(h)
+        ctx.weight = None if isinstance(weight, torch.Tensor) else weight
+        ctx.save_for_backward(h, targets, *([weight] if ctx.weight is None else []))
+        return _pass(h, weight, targets, softcap, ctx.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, targets, *weight = ctx.saved_tensors
+        weight = weight[0] if weight else ctx.weight
+        dh = torch.empty_like(h)
+        dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        _pass(h, weight, targets, ctx.softcap, ctx.dtype, dh, dw, scale=grad)
+        return dh, dw, None, None
 
 
 def _product(h, weight):

@@ -3,8 +3,8 @@ What a run reads: batches of windows of block_size + 1 tokens, out of shards.
 
 In plain text (prepare_c4.py, llm.c) a window starts at each multiple of block_size and shares its
 last token with the next one: there it is a target, here an input. What is left at a shard's end
-is not read. In rows of examples (finetune/prepare_sft.py) or of documents (run/protocol.py) a
-window is a row, and only some of its tokens count in the loss.
+is not read. In rows of examples (finetune/prepare_sft.py), of pairs (finetune/prepare_dpo.py) or of
+documents (run/protocol.py) a window is a row, and only some of its tokens count in the loss.
 
 Shards are memory-mapped, so that a data set may be larger than memory.
 """
@@ -19,7 +19,7 @@ import torch
 from prepare_c4 import check_made_of, prepare
 from run.encodings import fingerprint, get_encoding
 from run.manifest import Manifest
-from run.shards import IN_LOSS, STARTS, open_shard, shard_paths
+from run.shards import IN_LOSS, REJECTED, STARTS, open_shard, shard_paths
 
 # (n_vocab, fingerprint) of tiktoken's encodings, as far as known without their vocabularies
 TIKTOKEN = {
@@ -49,7 +49,13 @@ def open_windows(s, part, seed):
     if not number:  # the parts have to be alike, at least
         for path in shard_paths(s.data_dir, "train"):
             number = number or open_shard(path).fingerprint
-    return Windows(paths, s.block_size, s.vocab_size, seed, n_vocab, number)
+    windows = Windows(paths, s.block_size, s.vocab_size, seed, n_vocab, number)
+    if windows.pairs != (s.dpo_beta > 0):
+        why = "are no pairs: make some with finetune.prepare_dpo, or leave dpo_beta at 0"
+        if windows.pairs:
+            why = "are pairs of chosen and rejected examples: set dpo_beta, as to 0.1"
+        raise SystemExit(f"error: dpo_beta={s.dpo_beta:g}: the {part} shards in {s.data_dir} {why}")
+    return windows
 
 
 def check_finished(folder, paths):
@@ -98,16 +104,15 @@ def make_data(s, ranks):
     ranks.agree({})
 
 
-def shares_of(batches, rows, s, ranks):
-    """The weight of each micro-batch's mean loss in the step's loss: [float].
+def shares_of(batches, windows, s, ranks):
+    """The weight of each micro-batch's mean loss in the step's loss, times its scale: [float].
 
-    batches: of this rank. Rows of examples (rows) have unequal numbers of targets, and each target
-    counts alike."""
-    if not rows:
-        return [1 / s.gradient_accumulation_steps] * len(batches)
-    targets = [(y >= 0).sum().item() for _, y, _ in batches]
-    of_step = max(1, ranks.total(sum(targets)))
-    return [n / of_step for n in targets]
+    batches: of this rank, from `windows`."""
+    if not windows.rows:
+        return [ranks.loss_scale / s.gradient_accumulation_steps] * len(batches)
+    weights = [windows.weight(y, documents) for _, y, documents in batches]
+    of_step = max(1, ranks.total(sum(weights)))
+    return [weight / of_step * ranks.loss_scale for weight in weights]
 
 
 class Windows:
@@ -121,8 +126,8 @@ class Windows:
     n_vocab, fingerprint: of the run's tokenizer; 0: of the first shard that tells. A shard that
     says it was made with another one is refused.
 
-    `total` is the windows in an epoch, `rows` whether they are rows of examples. Exits with one
-    line if a shard is damaged or does not fit the run.
+    `total` is the windows in an epoch, `rows` whether they are rows of examples, `pairs` whether
+    these are pairs. Exits with one line if a shard is damaged or does not fit the run.
     """
 
     def __init__(self, paths, block_size, vocab_size, seed=None, n_vocab=0, fingerprint=0):
@@ -138,18 +143,24 @@ class Windows:
         self.fingerprint = fingerprint
 
         self.sizes = []  # windows in each shard
+        self.examples = 0  # in rows of pairs: two in each
+        self.before = []  # of each shard of pairs: the examples before each row, (rows,)
         for path in self.paths:
             shard = open_shard(path)
             self._check(path, shard)
-            is_rows = shard.row > 0
+            is_rows, is_pairs = kind_of(shard)
             if not self.sizes:
-                self.rows = is_rows
-            elif self.rows != is_rows:
+                self.rows, self.pairs = is_rows, is_pairs
+            elif (self.rows, self.pairs) != (is_rows, is_pairs):
                 raise SystemExit(
-                    f"error: {path}: plain text and rows of examples or documents do not mix, "
-                    f"and {self.paths[0]} is of the other kind; move one to another data_dir"
+                    f"error: {path}: plain text, rows of examples or documents, and pairs do not "
+                    f"mix, and {self.paths[0]} is of another kind; move one to another data_dir"
                 )
             self.sizes.append(self._windows_in(shard))
+            if is_pairs:
+                ends = self.examples + check_pairs(path, shard).cumsum()  # (rows,)
+                self.before.append(np.concatenate([[self.examples], ends[:-1]]))
+                self.examples = int(ends[-1])
         self.total = sum(self.sizes)
         self.position = 0
         self.epoch = None  # that `order` and `ends` are of
@@ -196,28 +207,30 @@ class Windows:
         x, y: (n, T) int64, y one token ahead. documents: None for plain text, and T is block_size.
 
         In rows of examples y is -1 where a token is no target, and documents, (n, T) int64, numbers
-        the examples in each row. T ends with the batch's last target: the columns cut away are
-        padding, which nothing that counts can see.
+        the examples in each row; those of pairs are numbered through all rows, from 1, the chosen
+        ones oddly. T ends with the batch's last target: the columns cut away are padding, which
+        nothing that counts can see.
         """
         # every rank counts all windows, and takes its own
         self.position += n * rank
         windows = [self._next() for _ in range(n)]
         self.position += n * (ranks - 1 - rank)
 
-        tokens = np.stack([tokens for tokens, _ in windows])
+        tokens = np.stack([tokens for tokens, _, _ in windows])
         tokens = torch.from_numpy(tokens.astype(np.int64))  # (n, block_size + 1)
         x = tokens[:, :-1].contiguous()
         y = tokens[:, 1:].contiguous()
         if not self.rows:
             return x, y, None
 
-        flags = np.stack([flags for _, flags in windows])
+        flags = np.stack([flags for _, flags, _ in windows])
         flags = torch.from_numpy(flags.astype(np.int64))  # (n, block_size + 1)
         is_target = flags[:, 1:] & IN_LOSS > 0  # (n, block_size), of y
         # not in place: of one row, x and y are views of the same tokens
         y = y.masked_fill(~is_target, -1)
         starts = flags & STARTS > 0
-        documents = starts.cumsum(1)[:, :-1]  # (n, block_size), of x
+        before = torch.tensor([before for _, _, before in windows])  # (n,)
+        documents = before[:, None] + starts.cumsum(1)[:, :-1]  # (n, block_size), of x
 
         # cut what lies after the last target of all rows
         T = 1
@@ -226,7 +239,8 @@ class Windows:
         return x[:, :T].contiguous(), y[:, :T].contiguous(), documents[:, :T].contiguous()
 
     def _next(self):
-        """(tokens, flags or None) of the window at `position`, and on to the next one."""
+        """(tokens, flags or None, examples before it) of the window at `position`, and on to the
+        next one."""
         epoch, at = divmod(self.position, self.total)
         self.position += 1
         if epoch != self.epoch:
@@ -248,7 +262,17 @@ class Windows:
         start = window * stride
         end = start + self.block_size + 1
         flags = self.flags[start:end] if self.rows else None
-        return self.tokens[start:end], flags
+        before = self.before[shard][window] if self.pairs else 0
+        return self.tokens[start:end], flags, before
+
+    def weight(self, y, documents):
+        """What a batch's mean loss counts: 1 of plain text. Else each target counts alike, or in
+        pairs each pair."""
+        if not self.rows:
+            return 1
+        if not self.pairs:
+            return (y >= 0).sum().item()
+        return len(documents[(y >= 0).to(documents.device)].unique()) // 2
 
     def _open(self, shard):
         path = self.paths[shard]
@@ -301,10 +325,37 @@ def check_flags(path, shard):
     """Exit with one line if a shard's flags are none, or let no token count in the loss."""
     flags = shard.flags.reshape(-1, shard.row)  # (rows, block_size + 1)
     largest = flags.max()
-    if largest > IN_LOSS | STARTS:
+    _, is_pairs = kind_of(shard)
+    if largest > (IN_LOSS | STARTS | REJECTED if is_pairs else IN_LOSS | STARTS):
         raise SystemExit(
             f"error: {path}: damaged: {largest} is no flag of a token; delete it, make it again"
         )
     targets = (rows[:, 1:] & IN_LOSS for rows in np.array_split(flags, len(flags) // 4096 + 1))
     if not any(part.any() for part in targets):
         raise SystemExit(f"error: {path}: has no target: not one of its tokens counts in the loss")
+
+
+def kind_of(shard):
+    """(whether it has rows, whether these are of pairs), by the flags of the first."""
+    is_rows = shard.row > 0
+    return is_rows, is_rows and bool((shard.flags[: shard.row] & REJECTED).any())
+
+
+def check_pairs(path, shard):
+    """How many examples each row of pairs has, (rows,). Exits with one line if not each row holds
+    whole pairs, of a chosen and then a rejected example with targets each."""
+    flags = shard.flags.reshape(-1, shard.row)  # (rows, block_size + 1)
+    counts = []
+    for part in np.array_split(flags, len(flags) // 4096 + 1):
+        starts = part & STARTS > 0
+        counts.append(starts.sum(1))
+        is_rejected = part[starts] & REJECTED > 0  # (examples,)
+        whole = starts[:, 0].all() and not (counts[-1] % 2).any()
+        whole = whole and not is_rejected[0::2].any() and is_rejected[1::2].all()
+        places = starts.ravel().nonzero()[0]
+        if not whole or not np.logical_or.reduceat((part & IN_LOSS).ravel(), places).all():
+            raise SystemExit(
+                f"error: {path}: damaged: a row has an example that is no part of a pair, or has "
+                "no target; make it again with finetune.prepare_dpo"
+            )
+    return np.concatenate(counts)

@@ -3,7 +3,7 @@ Text to tokens and back, by name.
 
 Every encoding has what the code uses of tiktoken.Encoding: n_vocab, eot_token, encode_ordinary and
 decode. Here are tiktoken's own and "bytes"; what is a file, a folder or a hub repository is a
-checkpoint's tokenizer, see finetune/tokenizer.py.
+checkpoint's tokenizer, see finetune/checkpoints/tokenizer.py.
 """
 
 import contextlib

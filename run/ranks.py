@@ -35,7 +35,7 @@ IN_FLIGHT = 2**26  # bytes of sums on their way at once: 64 MiB, two of a 7B's l
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROOMS = ("kernels", "run", "methods", "finetune")  # folders whose code a run may execute
+ROOMS = ("kernels", "run", "methods", "finetune/**")  # folders whose code a run may execute
 
 
 class Ranks:
@@ -270,8 +270,8 @@ def _code():
         if not path.startswith(("test_", "conftest")):
             paths.append(path)
     for room in ROOMS:
-        for name in glob.glob("*.py", root_dir=os.path.join(REPOSITORY, room)):
-            paths.append(f"{room}/{name}")
+        for path in glob.glob(f"{room}/*.py", root_dir=REPOSITORY, recursive=True):
+            paths.append(path.replace(os.sep, "/"))
     files = {}
     for path in sorted(paths):
         with open(os.path.join(REPOSITORY, path), "rb") as f:

@@ -22,6 +22,9 @@ Plain text is documents end to end, an end-of-text token after each. A run cuts 
 Rows come from finetune/prepare_sft.py. Each holds whole examples and then padding, and a flag's
 bits say what a token is: IN_LOSS, it counts in the loss; STARTS, an example starts with it. In rows
 of run/protocol.py the one example is a document.
+
+Rows of finetune/prepare_dpo.py hold whole pairs: an example that is chosen, then one that is not.
+The second one's first token has the bit REJECTED, too.
 """
 
 import collections
@@ -41,6 +44,7 @@ HEADER_BYTES = 1024
 # bits of a flag
 IN_LOSS = 1
 STARTS = 2
+REJECTED = 4
 
 # tokens, flags: np.memmap (count,), flags None for plain text; the others as in the header
 Shard = collections.namedtuple("Shard", "tokens n_vocab flags row fingerprint")

@@ -176,3 +176,11 @@ def say(text):
         from tqdm import tqdm
 
         tqdm.write(text)
+
+
+def in_words(figures):
+    """", reward margin 0.5031" of {"val_reward_margin": 0.50314}: what a line ends with."""
+    words = []
+    for name, number in figures.items():
+        words.append(f", {name.removeprefix('val_').replace('_', ' ')} {number:.4f}")
+    return "".join(words)

@@ -60,8 +60,6 @@ CASES = {
     "apollo": f"--method=apollo {SUBSPACE}",
     "apollo INT8 weights": f"--method=apollo {SUBSPACE} --weight_bits=8",
     "apollo_mini": "--method=apollo_mini --proj_gap=6",
-    "qscale": "--method=qscale",
-    "qscale 3 micro-batches": "--method=qscale --gradient_accumulation_steps=3",
     "loqt": f"--method=loqt {Q}",
     "loqt INT8, 3 micro-batches, clip": f"--method=loqt {Q} --weight_bits=8 --gradient_accumulation_steps=3"
     " --grad_clip=0.5",

@@ -20,8 +20,9 @@ import tiktoken
 import numpy as np
 import prepare_c4
 from configurator import configure
-from finetune import prepare_sft, templates
-from finetune.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
+from finetune import prepare_sft
+from finetune.data import templates
+from finetune.checkpoints.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
 from prepare_c4 import check_made_of, prepare
 from run import data, manifest, records
 from run.data import Windows, open_windows
@@ -392,7 +393,7 @@ def test_a_shard_that_is_replaced_during_a_run_is_refused(tmp_path):
     [
         ([2, 0, 0, 0] * 3, "has no target"),
         ([3, 0, 0, 0] * 3, "has no target"),  # before its row's first token is nothing
-        ([2, 1, 4, 0] * 3, "damaged: 4 is no flag"),
+        ([2, 1, 8, 0] * 3, "damaged: 8 is no flag"),
         ([2, 1, 1, 255] * 3, "damaged: 255"),
         ([2, 0, 0, 0] * 2 + [2, 0, 0, 1], ""),
     ],

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configurator import configure
-from finetune import chat, hf, hf_files, welore
-from finetune.paths import is_hub_name
-from finetune.tokenizer import get_tokenizer
+from finetune import hf, welore
+from finetune.checkpoints import chat, hf_files
+from finetune.checkpoints.paths import is_hub_name
+from finetune.checkpoints.tokenizer import get_tokenizer
 from model import LLaMA, LLaMAConfig, QLinear
 from run.checkpoint import load_model, starting_model
 from run.data import Windows

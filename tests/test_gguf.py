@@ -1,5 +1,5 @@
 """
-Tests of finetune/gguf_model.py and gguf_tokenizer.py: models as files for llama.cpp.
+Tests of finetune/checkpoints/gguf_model.py and gguf_tokenizer.py: models as files for llama.cpp.
     python -m pytest tests/test_gguf.py
 
 transformers' own reader of such files is the judge, where it knows the architecture.
@@ -19,10 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 from configurator import configure
-from finetune import gguf_model, hf
+from finetune import hf
+from finetune.checkpoints import gguf_model
 from finetune.adapters import LoRA
-from finetune.gguf_tokenizer import SPLIT_SAMPLE, SPLITS
-from finetune.tokenizer import GPT2_SPLIT, get_tokenizer
+from finetune.checkpoints.gguf_tokenizer import SPLIT_SAMPLE, SPLITS
+from finetune.checkpoints.tokenizer import GPT2_SPLIT, get_tokenizer
 from model import LLaMA, QLinear
 from run.encodings import get_encoding
 from tests.common import refused, tiny

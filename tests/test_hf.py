@@ -35,9 +35,10 @@ from transformers import (
 import quant
 import sample
 from configurator import configure
-from finetune import hf, hf_files, welore
+from finetune import hf, welore
+from finetune.checkpoints import hf_files
 from finetune.adapters import LoRA
-from finetune.architectures import ARCHITECTURES
+from finetune.checkpoints.architectures import ARCHITECTURES
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, plain_linear
 from qgalore import QGaLore
 from run.checkpoint import load_model, save_checkpoint

@@ -21,7 +21,7 @@ from methods.registry import METHODS, find
 from tests.common import HERE, TINY_RUN, read_log, run
 
 CORE = ("train", "model", "qgalore", "quant", "prepare_c4", "configurator", "sample")
-ROOMS = ("kernels", "run", "methods", "finetune", "bench")
+ROOMS = ("kernels", "run", "methods", "finetune", "finetune/checkpoints", "finetune/data", "bench")
 
 find("qgalore")  # lets all methods register
 
@@ -143,7 +143,7 @@ def test_there_is_no_circle_of_imports():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
     graph = {module_name(path): imported(path) for path in SOURCE}
-    assert "finetune.hf_load" in graph["run.foreign"]
+    assert "finetune.checkpoints.hf_load" in graph["run.foreign"]
     found = circle(graph)
     assert found is None, " -> ".join(found)
 
@@ -191,7 +191,7 @@ NAMES_A_METHOD = {  # file: names that may stand for a method's name, or None: a
     "prepare_c4.py": ("protocol",),  # of GaLore's data, whichever method trains on it
     "run/protocol.py": ("GALORE",),
     "finetune/hf.py": None,
-    "finetune/hf_config.py": None,
+    "finetune/checkpoints/hf_config.py": None,
 }
 
 

@@ -1,5 +1,5 @@
 """
-Tests of finetune/push.py, against a hub of our own on this machine.
+Tests of finetune/checkpoints/push.py, against a hub of our own on this machine.
     python -m pytest tests/test_push.py
 """
 
@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import constants
 
 from configurator import configure
-from finetune import hf, push
+from finetune import hf
+from finetune.checkpoints import push
 from tests.common import refused
 
 

@@ -20,10 +20,11 @@ import torch
 import prepare_c4
 import sample
 from configurator import configure
-from finetune import prepare_sft, tokenizer
-from finetune.conversations import conversation
-from finetune.examples import encode, examples
-from finetune.rows import pack
+from finetune import prepare_sft
+from finetune.checkpoints import tokenizer
+from finetune.data.conversations import conversation
+from finetune.data.examples import encode, examples
+from finetune.data.rows import pack
 from prepare_c4 import prepare
 from run.data import Windows
 from run.encodings import fingerprint, get_encoding

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from configurator import configure
-from finetune import hub_data, inputs, prepare_sft, preview
-from finetune.conversations import conversations
-from finetune.examples import Example, examples, take
-from finetune.messages import messages_of
+from finetune import prepare_sft
+from finetune.data import hub_data, inputs, preview
+from finetune.data.conversations import conversations
+from finetune.data.examples import Example, examples, take
+from finetune.data.messages import messages_of
 from run import counts
 from run.encodings import get_encoding
 from run.shards import open_shard
@@ -362,7 +363,7 @@ def test_a_data_set_of_the_hub_is_read_by_config_and_split(hub, tmp_path):
 
 def refusals(*names):
     """The lines with which these inputs are refused, by a process of its own."""
-    code = ("import sys\nfrom finetune.inputs import inputs_of\n"
+    code = ("import sys\nfrom finetune.data.inputs import inputs_of\n"
             "for name in sys.argv[1:]:\n try: inputs_of(name)\n except SystemExit as e: print(e)")
     command = [sys.executable, "-c", code, *names]
     out = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True).stdout

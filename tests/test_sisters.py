@@ -272,7 +272,7 @@ def test_a_momentum_in_4_bits_takes_the_nearest_of_its_levels():
             torch.testing.assert_close(found, levels[nearest] * size)
 
 
-@pytest.mark.parametrize("method", ["qmuon", "qscale"])
+@pytest.mark.parametrize("method", ["qmuon", "qalice"])
 def test_a_step_that_is_not_finite_is_skipped(method):
     layer, optimizer = layer_and_optimizer((40, 24), method, 8, moments="factored")
     before = layer.float_weight()
@@ -345,22 +345,6 @@ def test_natural_galore_divides_by_the_fisher_matrix(shape, monkeypatch):
         torch.testing.assert_close(found.flatten().double(), expected, rtol=1e-3, atol=atol)
     assert h.shape[1] == 20
     assert h.square().sum() > DAMPING  # so that the matrix is not lambda alone
-
-
-# -----------------------------------------------------------------------------
-# SCALE
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scale_moves_by_columns_of_one_length(shape):
-    layer, optimizer = layer_and_optimizer(shape, "qscale")
-    for x, dy, _ in gradients(shape, 5):
-        before = layer.float_weight().clone()
-        layer.hook(layer, x, dy)
-        g = dy.T @ x
-        step = -0.01 * 0.2 * math.sqrt(shape[0]) * g / g.norm(dim=0)
-        torch.testing.assert_close(layer.float_weight() - before, step, rtol=1e-3, atol=1e-6)
-    assert not vars(optimizer.weights[0].moments) and not optimizer.weights[0].state
 
 
 # -----------------------------------------------------------------------------

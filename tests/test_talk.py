@@ -13,7 +13,7 @@ import torch
 
 import sample
 from finetune import hf
-from finetune.tokenizer import get_tokenizer
+from finetune.checkpoints.tokenizer import get_tokenizer
 from model import LLaMA
 from run.talk import Talk, cut
 from tests.common import refused, script, tiny

@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 
-from finetune.hf_files import write_json
-from finetune.tokenizer import get_tokenizer
+from finetune.checkpoints.hf_files import write_json
+from finetune.checkpoints.tokenizer import get_tokenizer
 from run.encodings import tiktoken_vocabulary
 from run.files import check_file
 from run.text import first_line

@@ -29,6 +29,8 @@ try:
 except ImportError:  # Windows: the memory has no limit, the time has
     resource = None
 
+# where a process finds this package
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SECONDS = 10.0  # real templates take less than a thousandth
 MEMORY = 2**30  # bytes of address space
 LENGTH = 2**24  # characters of a text
@@ -74,8 +76,8 @@ class Renderer:
     def __init__(self):
         self.lock = threading.Lock()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "finetune.chat"],
-            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+            [sys.executable, "-m", "finetune.checkpoints.chat"],
+            cwd=REPOSITORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

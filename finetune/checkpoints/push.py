@@ -9,7 +9,7 @@ import os
 
 import huggingface_hub as hub  # quick: it loads its parts when they are asked for
 
-from finetune.paths import is_hub_name
+from finetune.checkpoints.paths import is_hub_name
 from run.text import first_line
 
 OF_THE_HUB = {".gitattributes"}  # what a new repository has

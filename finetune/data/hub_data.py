@@ -18,7 +18,7 @@ import os
 import re
 import sys
 
-from finetune.paths import is_hub_name
+from finetune.checkpoints.paths import is_hub_name
 from run.text import first_line
 
 PREFIX = "hf:"

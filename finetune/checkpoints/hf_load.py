@@ -9,11 +9,11 @@ import torch
 import torch.nn as nn
 
 from finetune.adapters import LowRank, put_low_rank
-from finetune.architectures import ARCHITECTURES
-from finetune.fields import read_json, shown
-from finetune.hf_config import settings
-from finetune.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
-from finetune.paths import local
+from finetune.checkpoints.architectures import ARCHITECTURES
+from finetune.checkpoints.fields import read_json, shown
+from finetune.checkpoints.hf_config import settings
+from finetune.checkpoints.hf_files import EMBEDDING, HEAD, read_tensor, tensor_files
+from finetune.checkpoints.paths import local
 from model import LLaMA, LLaMAConfig, QEmbedding, QLinear, QMatrix, RMSNorm
 from quant import dequantize_int8
 

@@ -1,14 +1,14 @@
 """
 Conversations of chat records, as a checkpoint's chat template writes them.
 
-A record has messages (finetune/messages.py), and what else the template asks for by name, such as
-"tools". conversations() gives its text in pieces, of which what the assistant says counts in the
+A record has messages (messages.py), and what else the template asks for by name, such as "tools".
+conversations() gives its text in pieces, of which what the assistant says counts in the
 loss; unused() tells what of it the template does not write.
 """
 
 import re
 
-from finetune.messages import as_json, key_of, messages_of, plain
+from finetune.data.messages import as_json, key_of, messages_of, plain
 
 
 class Rewritten(SystemExit):

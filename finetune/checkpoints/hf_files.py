@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from finetune.fields import Fields, read_json, shown
+from finetune.checkpoints.fields import Fields, read_json, shown
 from run.files import check_file
 from run.text import first_line
 
@@ -48,7 +48,8 @@ def has_weights(path):
 def tensor_files(path):
     """{tensor: its Place} of a checkpoint directory.
 
-    The text part of a model of text and images has the names that it has alone. Raises ValueError for a file that is missing or damaged, and for an index that is not true."""
+    The text part of a model of text and images has the names that it has alone. Raises ValueError
+    for a file that is missing or damaged, and for an index that is not true."""
     # one file, or those that the index names
     index = os.path.join(path, INDEX)
     listed = {}

@@ -8,11 +8,11 @@ import os
 
 import numpy as np
 
-from finetune.conversations import conversations, template_fields, unused, without_nothing
-from finetune.inputs import records_of, shown_name
-from finetune.messages import key_of, messages_of
-from finetune.templates import fields_in, prompt_and_completion
-from finetune.tokenizer import Tokenizer
+from finetune.data.conversations import conversations, template_fields, unused, without_nothing
+from finetune.data.inputs import records_of, shown_name
+from finetune.data.messages import key_of, messages_of
+from finetune.data.templates import fields_in, prompt_and_completion
+from finetune.checkpoints.tokenizer import Tokenizer
 from prepare_c4 import PIECE, last_cut
 from run.records import Skipped
 from run.shards import IN_LOSS, STARTS

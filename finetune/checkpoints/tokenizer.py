@@ -26,9 +26,9 @@ from dataclasses import dataclass
 
 import tiktoken
 
-from finetune import chat
-from finetune.fields import Fields, read_json, shown
-from finetune.paths import is_hub_name, local
+from finetune.checkpoints import chat
+from finetune.checkpoints.fields import Fields, read_json, shown
+from finetune.checkpoints.paths import is_hub_name, local
 from run.files import check_file
 from run.text import first_line, valid
 

@@ -22,10 +22,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from finetune.architectures import ARCHITECTURES
-from finetune.gguf_tokenizer import vocabulary
-from finetune.hf_load import hf_names
-from finetune.paths import check_new
+from finetune.checkpoints.architectures import ARCHITECTURES
+from finetune.checkpoints.gguf_tokenizer import vocabulary
+from finetune.checkpoints.hf_load import hf_names
+from finetune.checkpoints.paths import check_new
 from kernels.attention import rope
 from model import QMatrix
 from quant import CHUNK, dequantize_int8

@@ -9,9 +9,9 @@ import json
 import os
 
 from finetune.adapters import parse_ranks
-from finetune.architectures import ARCHITECTURES, WITH_IMAGES
-from finetune.fields import Fields, read_json, shown
-from finetune.hf_files import EMBEDDING, HEAD, alike, has_weights, shapes, tensor_files
+from finetune.checkpoints.architectures import ARCHITECTURES, WITH_IMAGES
+from finetune.checkpoints.fields import Fields, read_json, shown
+from finetune.checkpoints.hf_files import EMBEDDING, HEAD, alike, has_weights, shapes, tensor_files
 from model import LLaMAConfig
 from run.text import first_line
 

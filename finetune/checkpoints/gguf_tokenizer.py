@@ -11,9 +11,9 @@ import json
 import os
 import re
 
-from finetune.fields import read_json
-from finetune.hf_tokenizer import SAMPLE, tokenizer_json
-from finetune.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, get_tokenizer, library
+from finetune.checkpoints.fields import read_json
+from finetune.checkpoints.hf_tokenizer import SAMPLE, tokenizer_json
+from finetune.checkpoints.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, get_tokenizer, library
 from run.text import first_line
 
 SPACE = "\u2581"  # sentencepiece's

@@ -2,7 +2,7 @@
 What --input names: files, and data sets of the hub, each with a weight.
 
     a.jsonl                      a file, or several by a glob
-    hf:owner/name                a data set of the hub, see finetune/hub_data.py
+    hf:owner/name                a data set of the hub, see finetune/data/hub_data.py
     a.jsonl,b.parquet            both
     a.jsonl*2,b.parquet*0.5      each example of a twice, and half of b's
 
@@ -14,8 +14,8 @@ import glob
 import os
 import re
 
-from finetune import hub_data, parquet
-from finetune.paths import is_hub_name
+from finetune.data import hub_data, parquet
+from finetune.checkpoints.paths import is_hub_name
 from run import records as text_records
 from run.manifest import source
 from run.records import matching, stem_of, table_or_json

@@ -9,10 +9,10 @@ import collections
 import contextlib
 import os
 
-from finetune.examples import read_examples, take
-from finetune.inputs import files_of, inputs_of, sources_of, stem
-from finetune.preview import show
-from finetune.rows import fill_rows, split
+from finetune.data.examples import read_examples, take
+from finetune.data.inputs import files_of, inputs_of, sources_of, stem
+from finetune.data.preview import show
+from finetune.data.rows import fill_rows, split
 from run import counts
 from run.encodings import fingerprint, get_encoding
 from run.files import replacing, sweep, sync
@@ -28,7 +28,7 @@ def prepare(s, maker, shown, check, make, shorten, unit="example"):
 
     maker: the script. shown: the names of the settings that change what is in the shards.
     check(file): exits with one line if a File cannot be used. make(enc, record), shorten(examples,
-    size, counts): see finetune/examples.py. unit: what one is called."""
+    size, counts): see finetune/data/examples.py. unit: what one is called."""
     # what can be wrong before anything is read
     if not s.out_dir:
         raise SystemExit("error: out_dir is empty: name the folder for the shards")
