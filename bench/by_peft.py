@@ -1,9 +1,9 @@
 """
 LoRA and QLoRA by transformers, peft and bitsandbytes, for what train.py's `lora` is compared with.
-    python -m bench.by_peft config/finetune_smollm2.py --method=lora --rank=16                   # LoRA
-    python -m bench.by_peft config/finetune_smollm2.py --method=lora --rank=16 --weight_bits=4   # QLoRA
-    python -m bench.by_peft config/finetune_smollm2.py --method=lora --rank=16 --weight_bits=8   # LLM.int8
+    python -m bench.by_peft config/finetune_smollm2.py --method=lora --rank=16
+    python -m bench.by_peft config/finetune_smollm2.py --method=lora --rank=16 --weight_bits=4
 
+The first is LoRA, the second QLoRA; with --weight_bits=8 the matrices are bitsandbytes' LLM.int8().
 The command line is train.py's. So are the loop, the schedule, the evaluation, the log, and the
 batches in their order. Theirs are the model, its loss, the quantised layers and the adapters, on
 all linear layers of the blocks. The optimizer is torch's AdamW for both.
@@ -43,7 +43,7 @@ from train import Run
 METHODS = ("lora", "qlora")
 # what only ours can do: these settings stay as they are
 ONLY_OURS = {"embed_bits": 16, "matmul": "float", "by_block": False, "checkpoint_bits": 16,
-             "compile": False, "eval_only": False, "dry_run": False}
+             "compile": False, "dpo_beta": 0.0, "eval_only": False, "dry_run": False}
 
 
 def main(s):
@@ -159,6 +159,10 @@ def positions_in(documents):
 
 
 class PeftRun(Run):
+    def figures(self, prefix):
+        """What else a loss tells: nothing."""
+        return {}
+
     def save(self):
         """No checkpoint: such a run is short. What it has learned is merged at its end."""
         check_finite(self)
