@@ -136,7 +136,7 @@ class Runs:
         """contest.outcome() of a run, or {"error": its last line}."""
         folder = self.folder(name, rate, seed)
         refuse_other_settings(folder, self.s, {*CHOSEN, *OWN})
-        found = outcome(folder, self.s.max_iters)
+        found = outcome(folder, self.s.max_iters) or diverged(folder)
         if found is None:
             program, own, _ = CONTENDERS[name]
             more = [f"--learning_rate={rate:g}", f"--seed={seed}",
@@ -169,6 +169,16 @@ class Runs:
             os.unlink(path)
         for path in glob.glob(f"{folder}/merged"):
             shutil.rmtree(path)
+
+
+def diverged(folder):
+    """{"error": the last line} of a run that ended since it was not finite, or None."""
+    try:
+        with open(f"{folder}.txt") as f:
+            last = f.read().strip().rpartition("\n")[2]
+    except FileNotFoundError:
+        return None
+    return {"error": last} if "is not finite: training stopped" in last else None
 
 
 def row(name, best, losses, at_best):

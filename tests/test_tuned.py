@@ -42,6 +42,15 @@ def test_a_row_has_the_mean_of_what_was_found():
     assert tuned.row("lora", 1, {1: math.inf}, runs[2:]) == "| `lora` | 1: **-** |  |  |  |  |"
 
 
+def test_a_run_that_diverged_is_not_run_again(tmp_path):
+    line = "error: step 7: weight blocks.0.q_proj.scale is not finite: training stopped; nothing"
+    assert tuned.diverged(tmp_path / "lora") is None
+    (tmp_path / "lora.txt").write_text(f"step 0: val loss 5\n{line}\n")
+    assert tuned.diverged(tmp_path / "lora") == {"error": line}
+    (tmp_path / "lora.txt").write_text("error: stopped, nothing was saved\n")
+    assert tuned.diverged(tmp_path / "lora") is None
+
+
 @pytest.mark.parametrize("flags,words", [
     ("--contenders=qlora,peft_qlor", "peft_qlora"),
     ("--contenders=qlora --seed=x", "seed"),
