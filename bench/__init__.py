@@ -10,6 +10,7 @@ peers.py       the published optimizers, each put on the model as its authors do
 memory.py      draws the memory plans of several methods (python -m bench.memory)
 refresh.py     the range finder of a refresh against exact SVD (--refresh_study=True)
 contest.py     train.py by several methods, rates and seeds, for a table of losses
+tuned.py       so for fine-tuning, beside peft's own LoRA and QLoRA, which by_peft.py runs
 report.py      all of it in a few minutes, for docs/measured (python -m bench.report)
 capped.py      train.py in a smaller card's memory
 profile.py     the kernels of a step

@@ -14,7 +14,7 @@ import sys
 from itertools import product
 from statistics import median
 
-from bench.settings import REPOSITORY, train_settings
+from bench.settings import TRAIN, train_settings
 from configurator import configure
 
 # the contest: several, with commas between them
@@ -71,11 +71,18 @@ def refuse_other_settings(folder, s, but):
                              f"{value!r}: take another --out_dir")
 
 
-def train(flags, folder):
-    """A run of train.py. Returns the last line that it printed; all of them are in FOLDER.txt."""
+def train(flags, folder, program=TRAIN):
+    """A run of train.py, or of another program with its flags: [words of its command].
+
+    Returns the last line that it printed; all of them are in FOLDER.txt."""
     os.makedirs(os.path.dirname(folder), exist_ok=True)
-    command = [sys.executable, os.path.join(REPOSITORY, "train.py"), *flags, f"--out_dir={folder}"]
-    with open(f"{folder}.txt", "w+") as f:
+    command = [sys.executable, *program, *flags, f"--out_dir={folder}"]
+    return last_line(command, f"{folder}.txt")
+
+
+def last_line(command, path):
+    """Run a command. Returns the last line that it printed; all of them go into the file `path`."""
+    with open(path, "w+") as f:
         subprocess.run(command, stdout=f, stderr=subprocess.STDOUT)
         f.seek(0)
         return (f.read().strip().splitlines() or ["it printed nothing"])[-1]

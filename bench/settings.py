@@ -8,6 +8,7 @@ import os
 import types
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TRAIN = [os.path.join(REPOSITORY, "train.py")]  # the words after "python" that start it
 
 PEERS = {  # the published optimizers: {contender: the module that it needs}
     "galore": "galore_torch",
@@ -23,7 +24,7 @@ def train_settings():
     """train.py as a module with its settings alone, for configure().
 
     Its lines up to the first `if`; what it imports after them takes seconds to load."""
-    path = os.path.join(REPOSITORY, "train.py")
+    (path,) = TRAIN
     with open(path, encoding="utf-8") as f:
         body = ast.parse(f.read()).body
     head = itertools.takewhile(lambda node: not isinstance(node, ast.If), body)
