@@ -660,7 +660,7 @@ def test_bad_input_is_one_line(tmp_path):
     generate = {"task": "generate", "data": tmp_path / "x.jsonl"}
     cases = [
         ({"task": "sums"}, "task must be one of perplexity, choice, mmlu, generate, not 'sums'"),
-        ({"dtype": "float16"}, "dtype must be one of auto, bfloat16, float32, not 'float16'"),
+        ({"dtype": "half"}, "dtype must be one of auto, bfloat16, float16, float32, not 'half'"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"shots": -1}, "shots must be at least 0, not -1"),
         ({"data": "absent.txt"}, "data=absent.txt: no such file"),

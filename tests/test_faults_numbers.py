@@ -338,11 +338,12 @@ OTHER_RUNS = [
     " --proj_gap=1 --proj_svd=True --project=x --encoding=bytes --weight_decay=0.1",
     "--method=lora --weight_bits=4 --rank=8 --eval_interval=1 --batch_size=1 --block_size=1",
     "--method=adamw --weight_bits=32 --dtype=bfloat16 --compile=False --data_input=docs",
+    "--method=qmuon --dtype=float16 --eval_iters=1",
     "--method=adam8bit --weight_bits=16 --init_from=resume --out_dir={out}/adam8bit",
     "--method=adamw --init_from=resume --eval_only=True --out_dir={out}/adamw",
 ]
-# cuda: a CPU has none. W&B asks for an account
-NOT_TRIED = {("device", "cuda"), "wandb_log", "tensorboard_log"}
+# cuda: a CPU has none. W&B asks for an account. DPO has pairs, in tests/test_dpo.py
+NOT_TRIED = {("device", "cuda"), "wandb_log", "tensorboard_log", "dpo_beta"}
 
 
 def test_every_setting_and_every_choice_runs(shards, tmp_path):
