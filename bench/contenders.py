@@ -244,7 +244,8 @@ def build_ours(s, kind, dtype, phases):
     model, optimizer = find(s.contender).build(ours, kind, dtype)
 
     def bases():
-        return [weight.projection for weight in getattr(optimizer, "weights", [])]
+        found = [weight.projection for weight in getattr(optimizer, "weights", [])]
+        return [p for p in found if math.isfinite(p.next_refresh)]  # Muon's weights have no basis
 
     return model, optimizer, bases
 
