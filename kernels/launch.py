@@ -147,6 +147,8 @@ def _try(launch, tensor, *args, **kwargs):
     try:
         if triton is None:
             raise ImportError("it is not installed")
+        if torch.cuda.device_count() == 1:
+            return launch(tensor, *args, **kwargs)
         # Triton launches on the current device, not on its arguments'
         with torch.cuda.device_of(tensor):
             return launch(tensor, *args, **kwargs)

@@ -35,6 +35,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter rounds to bfloat16 towards zero, and multiplies bfloat16's bits
 INTERPRETED = DEVICE == "cpu"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
+STEP = torch.finfo(HALF).eps  # between two numbers of it, by the smaller one
 
 dequantize_int8 = quant.dequantize_int8.plain
 needs_triton = pytest.mark.skipif(launch.triton is None, reason="triton is not installed")
@@ -760,7 +761,7 @@ def test_symmetric_kernels_make_the_products_of_torch(rows, cols, transposed, mo
     size = torch.tensor([2.0, 3.0]).view(2, 1, 1)
     gram = muon.gram_matrix.plain(y.float(), size)
     got = run_kernel(symmetric.gram_matrix, y, size)
-    torch.testing.assert_close(got.float(), gram, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(got.float(), gram, rtol=STEP, atol=STEP)
     below = torch.tril(got, -32)  # what lies past the diagonal's tiles
     assert torch.equal(below.mT, torch.triu(got, 32))
 
@@ -768,7 +769,7 @@ def test_symmetric_kernels_make_the_products_of_torch(rows, cols, transposed, mo
     for by in (None, size):
         expected = muon.polynomial.plain(gram.float(), 3.0, -2.0, 0.4, by)
         got = run_kernel(symmetric.polynomial, gram, 3.0, -2.0, 0.4, by)
-        torch.testing.assert_close(got.float(), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(got.float(), expected, rtol=STEP, atol=STEP)
 
 
 @needs_triton
@@ -857,7 +858,7 @@ def test_the_kernel_turns_queries_and_keys(q_heads, k_heads, size):
         for back in (False, True):
             expected = turned.plain(*(x.float() for x in args), back)
             got = on_device(rows.turned, *args, back)
-            close = 1e-6 if dtype == torch.float32 else 2e-3
+            close = 1e-6 if dtype == torch.float32 else STEP
             for a, b in zip(got, expected):
                 torch.testing.assert_close(a.float(), b, rtol=close, atol=close)
 
@@ -952,7 +953,7 @@ def test_the_kernel_leaves_the_logits_gradient(cols, softcap):
         moved = logits.to(DEVICE, copy=True)
         losses = rows.cross_entropy_(moved, targets.to(DEVICE), softcap)
         torch.testing.assert_close(losses.cpu(), expected.detach().float(), rtol=1e-5, atol=1e-5)
-        rtol = 1e-5 if dtype == torch.float32 else 2**-10
+        rtol = 1e-5 if dtype == torch.float32 else STEP
         torch.testing.assert_close(moved.cpu().float(), x.grad.float(), rtol=rtol, atol=1e-6)
 
         again = logits.to(DEVICE, copy=True)  # without the gradient
@@ -977,7 +978,7 @@ def test_the_norm_s_kernels_compute_what_its_functions_do(tokens, cols):
     x, h, dx, dy = torch.randn(4, tokens, cols, generator=generator)
     weight = torch.rand(cols, generator=generator) + 0.5
     for dtype in (torch.float32, HALF):
-        close = 1e-5 if dtype == torch.float32 else 2e-3
+        close = 1e-5 if dtype == torch.float32 else 2 * STEP
         tolerance = {"rtol": close, "atol": close}
         x, h, dx, dy = (t.to(dtype) for t in (x, h, dx, dy))
         for added, passed in ((None, None), (h, dx)):
