@@ -19,7 +19,7 @@ As in quantized.py codes are the CPU's, bit for bit where the sums are.
 
 import torch
 
-from kernels.launch import MAX_GROUP, group_width, tl, triton
+from kernels.launch import MAX_GROUP, cdiv, group_width, power_of_2, tl, triton
 
 BLOCK = 4096  # elements of a program at a time: 32 a thread of 4 warps, 16 of 8
 PARTS = 1024  # partial sums of a gradient at most, where no side's are wanted
@@ -28,8 +28,8 @@ PARTS = 1024  # partial sums of a gradient at most, where no side's are wanted
 def squares(g):
     """(n,) float32, n <= PARTS: a sum for each program."""
     n = g.numel()
-    steps = triton.next_power_of_2(triton.cdiv(n, BLOCK * PARTS))  # of a program
-    parts = torch.empty(triton.cdiv(n, BLOCK * steps), device=g.device)
+    steps = power_of_2(cdiv(n, BLOCK * PARTS))  # of a program
+    parts = torch.empty(cdiv(n, BLOCK * steps), device=g.device)
     _squares_kernel[len(parts),](g.contiguous(), parts, n, steps, BLOCK, num_warps=4)
     return parts
 
@@ -39,11 +39,11 @@ def squares_by_side(g):
     if not g.is_contiguous():
         return NotImplemented
     rows, cols = g.shape
-    block_n = min(256, max(16, triton.next_power_of_2(cols)))
+    block_n = min(256, max(16, power_of_2(cols)))
     block_m = BLOCK // block_n
     # some 512 programs keep a GPU busy; beyond that taller ones leave fewer sums by column
-    steps = min(64, triton.next_power_of_2(triton.cdiv(g.numel(), 512 * BLOCK)))
-    grid = (triton.cdiv(rows, block_m * steps), triton.cdiv(cols, block_n))
+    steps = min(64, power_of_2(cdiv(g.numel(), 512 * BLOCK)))
+    grid = (cdiv(rows, block_m * steps), cdiv(cols, block_n))
     by_row = torch.empty(grid[1], rows, device=g.device)
     by_col = torch.empty(grid[0], cols, device=g.device)
     _squares_by_side_kernel[grid](g, by_row, by_col, rows, cols, steps, block_m, block_n,
@@ -59,7 +59,7 @@ def second_moment(row, col, by_row, by_col, beta, age, record=None):
     factor = torch.empty((), device=row.device)
     total = min(by_row, by_col, key=torch.numel)  # of which side does not matter
     block_n = 256
-    _second_moment_kernel[triton.cdiv(max(rows, cols), block_n),](
+    _second_moment_kernel[cdiv(max(rows, cols), block_n),](
         row, col, by_row, by_col, total, *new, factor, *_noted(record, row), rows, cols,
         len(by_row), len(by_col), total.numel(), 1 - beta, 1 - beta**age,
         block_n, BLOCK, num_warps=8, enable_fp_fusion=False,
@@ -69,13 +69,13 @@ def second_moment(row, col, by_row, by_col, beta, age, record=None):
 
 def adam_int8_(m, scale, zero, g, row, col, beta, correction, eps, key, factor=None, rate=1.0):
     """m and g are each read once and written once."""
-    group = triton.next_power_of_2(group_width(m.shape[1], scale.shape[1]))
+    group = power_of_2(group_width(m.shape[1], scale.shape[1]))
     if group < 16 or group > MAX_GROUP:  # a program has a whole group in registers
         return NotImplemented
     if not all(t.is_contiguous() for t in (m, scale, zero, g)):
         return NotImplemented
     block_m = BLOCK // group
-    grid = (triton.cdiv(m.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
+    grid = (cdiv(m.shape[0], block_m), scale.shape[1])  # blocks of rows, groups
     _adam_int8_kernel[grid](
         m, scale, zero, g, row, col, row if factor is None else factor, *m.shape, 1 - beta,
         correction, eps, rate, key, factor is not None, group, block_m,
@@ -90,7 +90,7 @@ def adam_float32_(m, v, g, betas, age, eps, rate=1.0, parts=None, record=None):
     n = g.numel()
     parts = m if parts is None else parts
     block = 1024
-    _adam_float32_kernel[triton.cdiv(n, block),](
+    _adam_float32_kernel[cdiv(n, block),](
         m, v, g, parts, *_noted(record, m), n, len(parts), 1 - betas[0], 1 - betas[1],
         1 - betas[0] ** age, 1 - betas[1] ** age, eps, rate,
         PARTS, block, num_warps=4, enable_fp_fusion=False,
@@ -101,7 +101,7 @@ def mask_(g, parts, record, norm=None):
     """g is read once and written once."""
     if not g.is_contiguous():
         return NotImplemented
-    _mask_kernel[triton.cdiv(g.numel(), BLOCK),](
+    _mask_kernel[cdiv(g.numel(), BLOCK),](
         g, parts, parts if norm is None else norm, *_noted(record, g), g.numel(), len(parts),
         norm is not None, PARTS, BLOCK, num_warps=4, enable_fp_fusion=False,
     )
@@ -109,7 +109,7 @@ def mask_(g, parts, record, norm=None):
 
 def add_bfloat16_(p, delta, alpha, key):
     """p is read once and written once."""
-    _add_bfloat16_kernel[triton.cdiv(p.numel(), BLOCK),](
+    _add_bfloat16_kernel[cdiv(p.numel(), BLOCK),](
         p, delta, alpha, p.numel(), key, BLOCK, num_warps=4, enable_fp_fusion=False,
     )
 

@@ -49,6 +49,7 @@ class Kernel:
     phase: str
     bytes: int  # read and written
     operations: tuple = ()  # ((unit, number), ...)
+    triton: bool = False  # launched by Triton and our Python around it, not by torch
 
 
 class Counter(TorchDispatchMode):
@@ -108,7 +109,7 @@ class Counter(TorchDispatchMode):
         moved = sum(map(_bytes, tensors)) + sum(map(_bytes, written))
         times = repeat * launches
         each = tuple((unit, int(share * n) // times) for unit, n in operations.items())
-        self._add(plain.__name__, moved // launches, each, launches)
+        self._add(plain.__name__, moved // launches, each, launches, triton=True)
         return result
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -131,8 +132,9 @@ class Counter(TorchDispatchMode):
         self._add(name, moved // launches, each, launches)
         return out
 
-    def _add(self, name, moved, operations, launches):
-        self.launches[Kernel(name, self.phase, moved, operations)] += launches * self._repeat
+    def _add(self, name, moved, operations, launches, triton=False):
+        kernel = Kernel(name, self.phase, moved, operations, triton)
+        self.launches[kernel] += launches * self._repeat
 
 
 def unit_of(dtype):

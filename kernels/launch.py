@@ -161,6 +161,16 @@ def _try(launch, tensor, *args, **kwargs):
         return NotImplemented
 
 
+def cdiv(a, b):
+    """a / b, rounded up; triton.cdiv takes microseconds to say so."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The first one that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def group_width(cols, n_groups):
     """The columns of each of n_groups, the last of which may be short.
 
@@ -168,4 +178,4 @@ def group_width(cols, n_groups):
     """
     if n_groups == 1:
         return cols
-    return 1 << (-(-cols // n_groups) - 1).bit_length()
+    return power_of_2(cdiv(cols, n_groups))

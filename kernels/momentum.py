@@ -14,7 +14,7 @@ The nearest level is found by comparisons alone: the codes of a CPU and of a GPU
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import chunks, tl, triton, with_kernel
+from kernels.launch import cdiv, chunks, tl, triton, with_kernel
 
 GROUP = 128  # elements that share a size
 LEVELS = tuple((9 ** (k / 7) - 1) / 8 for k in range(8))
@@ -61,7 +61,7 @@ def _launch_step(m, size, g, beta, own):
     """step_int4_ in one pass over m and g."""
     rows, cols = g.shape
     block_m = TILE // GROUP
-    grid = (triton.cdiv(rows, block_m), size.shape[1])
+    grid = (cdiv(rows, block_m), size.shape[1])
     _step_kernel[grid](
         m, size, g, rows, cols, m.shape[1], 1 - beta, own, LEVELS, BOUNDS, GROUP, block_m,
         num_warps=4, enable_fp_fusion=False,

@@ -19,7 +19,7 @@ have fewer than 2^31 elements.
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import tl, triton
+from kernels.launch import cdiv, power_of_2, tl, triton
 
 ALIGNED = 16  # bytes: rows of codes begin at multiples, as loads of that width need
 WIDTH = 4096  # columns that a program of round_rows holds at once
@@ -35,12 +35,12 @@ def round_rows(x, scale=None, zero=None):
     """Rows of codes are padded with zeros to a multiple of ALIGNED."""
     x = x.contiguous()
     tokens, cols = x.shape
-    padded = triton.cdiv(cols, ALIGNED) * ALIGNED
+    padded = cdiv(cols, ALIGNED) * ALIGNED
     code = torch.empty(tokens, padded, dtype=torch.int8, device=x.device)
     s, total = torch.empty(2, tokens, device=x.device)
     scaled = scale is not None
     factors = (scale.contiguous(), zero.contiguous()) if scaled else (s, s)  # s: not read
-    block = min(triton.next_power_of_2(padded), WIDTH)
+    block = min(power_of_2(padded), WIDTH)
     _round_kernel[(tokens,)](
         x, *factors, code, s, total, cols, padded, scaled, block,
         num_warps=max(1, block // 512), enable_fp_fusion=False,  # 16 elements a thread
@@ -51,12 +51,12 @@ def round_rows(x, scale=None, zero=None):
 def transposed(q):
     """Rows are padded, with anything, as those of codes are: there zeros meet it."""
     rows, cols = q.shape
-    padded = triton.cdiv(rows, ALIGNED) * ALIGNED
+    padded = cdiv(rows, ALIGNED) * ALIGNED
     out = torch.empty(cols, padded, dtype=torch.int8, device=q.device)
     if cols % 4 or not q.is_contiguous():  # no whole words
         out[:, :rows] = q.T
         return out
-    grid = (triton.cdiv(rows, 128), triton.cdiv(cols, 128))
+    grid = (cdiv(rows, 128), cdiv(cols, 128))
     _transpose_kernel[grid](
         q.view(torch.int32), out.view(torch.int32), rows, cols // 4, padded // 4, num_warps=4
     )
@@ -79,10 +79,10 @@ def round_columns(x):
     found by torch, which keeps NaN."""
     tokens, cols = x.shape
     s = torch.linalg.vector_norm(x, torch.inf, dim=0, dtype=torch.float32)
-    padded = triton.cdiv(tokens, ALIGNED) * ALIGNED
+    padded = cdiv(tokens, ALIGNED) * ALIGNED
     code = torch.empty(cols, padded, dtype=torch.int8, device=x.device)
     unit = torch.empty_like(s)
-    grid = (triton.cdiv(padded, 128), triton.cdiv(cols, 64))
+    grid = (cdiv(padded, 128), cdiv(cols, 64))
     _round_columns_kernel[grid](
         x, s, code, unit, tokens, cols, padded, *x.stride(), 128, 64,
         num_warps=4, enable_fp_fusion=False,
@@ -107,7 +107,7 @@ def _multiply(code, q, y, s, total=None, scale=None, zero=None, adds=False):
     # where text is generated, many small programs share the reading of q
     tile = FEW if tokens <= FEW[0] else ADDS if adds else MANY
     block_m, block_n, block_k, warps = tile
-    grid = (triton.cdiv(tokens, block_m) * triton.cdiv(rows, block_n),)
+    grid = (cdiv(tokens, block_m) * cdiv(rows, block_n),)
     _matmul_kernel[grid](
         code, q, s, *factors, y, tokens, rows, cols, scale is not None, total is not None, adds,
         SHARED_ROWS, block_m, block_n, block_k,

@@ -26,7 +26,7 @@ Offsets are 32 bits wide: a matrix has fewer than 2^31 elements.
 
 import torch
 
-from kernels.launch import group_width, tl, triton
+from kernels.launch import cdiv, group_width, power_of_2, tl, triton
 
 TILE = 4096  # elements of a program at a time: 16 a thread of 8 warps
 
@@ -55,9 +55,9 @@ def int4_shape(packed, scale):
 def _dequantize(codes, scale, zero, rows, cols, bits, dtype):
     out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     group = group_width(cols, scale.shape[1])
-    block_n = min(triton.next_power_of_2(group), 256)  # columns of a program, of one group
+    block_n = min(power_of_2(group), 256)  # columns of a program, of one group
     block_m = 4096 // block_n  # its rows: 32 elements a thread, two loads of 16 bytes
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(cols, block_n))
+    grid = (cdiv(rows, block_m), cdiv(cols, block_n))
     _dequantize_kernel[grid](
         codes.contiguous(), scale.contiguous(), zero.contiguous(), out, rows, cols, group,
         bits, block_m, block_n,
@@ -72,7 +72,7 @@ def quantize_int8(w, group_size=256):
     if group_size < 0 or group_size & (group_size - 1) or not w.numel():
         return NotImplemented
     q = torch.empty(rows, cols, dtype=torch.int8, device=w.device)
-    scale = torch.empty(rows, triton.cdiv(cols, group_size or cols), device=w.device)
+    scale = torch.empty(rows, cdiv(cols, group_size or cols), device=w.device)
     zero = torch.empty_like(scale)
     _launch_add(q, scale, zero, w, 1.0, None, 0, poison=True, moves=False)
     return q, scale, zero
@@ -90,9 +90,9 @@ def _launch_add(q, scale, zero, step, shrink, key, start, poison, moves):
     rows, cols = q.shape
     n_groups = scale.shape[1]
     group = group_width(cols, n_groups)
-    block_n = min(triton.next_power_of_2(group), TILE)
+    block_n = min(power_of_2(group), TILE)
     block_m = TILE // block_n
-    grid = (triton.cdiv(rows, block_m), n_groups)
+    grid = (cdiv(rows, block_m), n_groups)
     _add_kernel[grid](
         q, scale, zero, step, rows, cols, *step.stride(), shrink, key or 0, start,
         key is not None, poison, moves, group, block_m, block_n,

@@ -14,7 +14,7 @@ Sums of a pass are float32, whatever the tensors have.
 
 import torch
 
-from kernels.launch import tl, triton
+from kernels.launch import cdiv, power_of_2, tl, triton
 
 BLOCK = 4096  # logits of a row at once: 16 a thread
 TILE = 4096  # elements of a norm's tile: 16 a thread
@@ -27,7 +27,7 @@ def cross_entropy_(logits, targets, softcap=0.0, gradient=True):
     if logits.stride(-1) != 1:
         return NotImplemented
     losses = torch.empty(len(logits), device=logits.device)
-    block = min(BLOCK, triton.next_power_of_2(logits.shape[1]))
+    block = min(BLOCK, power_of_2(logits.shape[1]))
     if len(logits):
         _cross_entropy_kernel[(len(logits),)](
             logits, targets.contiguous(), losses, logits.stride(0), logits.shape[1], softcap,
@@ -47,10 +47,10 @@ def rms_norm(x, h, weight, eps, dtype):
     y = torch.empty_like(x, dtype=dtype)
     rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     rows = rstd.numel()
-    block_n = triton.next_power_of_2(cols)
+    block_n = power_of_2(cols)
     block_m = max(1, TILE // block_n)
     if rows:
-        _rms_norm_kernel[(triton.cdiv(rows, block_m),)](
+        _rms_norm_kernel[(cdiv(rows, block_m),)](
             x, x if h is None else h.contiguous(), weight, x if h is None else total, y, rstd,
             rows, cols, eps, h is not None, block_m, block_n,
             num_warps=8, enable_fp_fusion=False,
@@ -66,11 +66,11 @@ def rms_norm_backward(dy, dx, x, weight, rstd, need_dw=True):
     dy = dy.contiguous()
     out = torch.empty_like(x)
     rows = rstd.numel()
-    block_n = triton.next_power_of_2(cols)
+    block_n = power_of_2(cols)
     block_m = max(1, TILE // block_n)
-    tiles = triton.cdiv(rows, block_m)
-    each = triton.cdiv(tiles, PARTS)  # tiles of a program
-    programs = triton.cdiv(tiles, max(1, each))
+    tiles = cdiv(rows, block_m)
+    each = cdiv(tiles, PARTS)  # tiles of a program
+    programs = cdiv(tiles, max(1, each))
     parts = torch.empty(programs, cols, dtype=torch.float32, device=x.device)
     if rows:
         _rms_norm_backward_kernel[(programs,)](
@@ -88,9 +88,9 @@ def turned(q, k, cos, sin, back=False):
     out = torch.empty_like(q), torch.empty_like(k)
     B, T, n_q, size = q.shape
     n_k = k.shape[2]
-    block_n = triton.next_power_of_2(size // 2)
+    block_n = power_of_2(size // 2)
     block_m = max(1, TILE // 2 // block_n)  # heads of a program, half a tile of pairs
-    grid = (B * T, triton.cdiv(n_q + n_k, block_m))
+    grid = (B * T, cdiv(n_q + n_k, block_m))
     if B * T:
         _turn_kernel[grid](
             q, k, cos.contiguous(), sin.contiguous(), *out, T, n_q, n_k, size // 2,

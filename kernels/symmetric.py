@@ -8,7 +8,7 @@ polynomial adds is added there, so that a result is rounded once and nothing is 
 
 import torch
 
-from kernels.launch import tl, triton
+from kernels.launch import cdiv, tl, triton
 
 TILE = 128  # rows and columns of a program's part of the result
 DEPTH = 64  # products that are summed at a time
@@ -29,8 +29,8 @@ def _launch(y, size, a, b, c, polynomial):
         return NotImplemented
     n, rows, cols = y.shape
     # rows that begin at a multiple of 32 bytes, for wide loads
-    out = torch.empty(n, rows, 16 * triton.cdiv(rows, 16), dtype=y.dtype, device=y.device)
-    tiles = triton.cdiv(rows, TILE)
+    out = torch.empty(n, rows, 16 * cdiv(rows, 16), dtype=y.dtype, device=y.device)
+    tiles = cdiv(rows, TILE)
     _symmetric_kernel[tiles, tiles, n](
         y, y if size is None else size, out, rows, cols, *y.stride(), *out.stride()[:2], a, b, c,
         polynomial, size is not None, TILE, DEPTH,

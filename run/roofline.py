@@ -31,12 +31,13 @@ PHASES = ("forward", "backward", "projection", "update", "refresh")
 
 SHOWN = ("RTX 3060", "RTX 4060 Ti", "RTX 4090", "H100")  # of the cards, where no GPU is at hand
 
-# Fitted to steps on an H100 (docs/roofline.md). INT8 has not been measured there.
-EFFICIENCY = {"bf16": 0.68, "int8": 0.55, "float32": 0.7}  # of a unit's rate
+# Fitted to steps on an H100 and its host (docs/roofline.md)
+EFFICIENCY = {"bf16": 0.68, "int8": 0.45, "float32": 0.7}  # of a unit's rate
 BANDWIDTH = 0.65  # of the memory's
 BUS = 0.8  # of the bus's; not measured
 FLOOR = 2.5e-6  # seconds: a kernel's least on the device
-HOST = 20e-6  # seconds in which Python and torch launch one
+HOST = 30e-6  # seconds in which the host launches one by torch
+HOST_TRITON = 140e-6  # by Triton
 
 
 class Step:
@@ -128,7 +129,7 @@ def phase_seconds(launches, card):
     host = dict.fromkeys(PHASES, 0.0)
     for kernel, n in launches.items():
         device[kernel.phase] += n * kernel_seconds(kernel, card)
-        host[kernel.phase] += n * HOST
+        host[kernel.phase] += n * (HOST_TRITON if kernel.triton else HOST)
     return {phase: max(device[phase], host[phase]) for phase in PHASES}
 
 
