@@ -252,9 +252,10 @@ def tables(cards):
             lines += table(card["jobs"], key, title, columns)
         lines += ["Commands:", ""]
         for job in card["jobs"]:
-            error = f": {job['error']}" if "error" in job else ""
-            lines += [f"- {job['name']}: `{job['command']}`{error}" if "command" in job
-                      else f"- {job['name']}{error}"]
+            lines += [f"- {job['name']}" + (f": `{job['command']}`" if "command" in job else "")]
+            for key in ("error", "note"):  # a note is a person's
+                if key in job:
+                    lines[-1] += f": {job[key]}"
         lines += [""]
     return "\n".join(lines)
 

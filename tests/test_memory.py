@@ -189,8 +189,8 @@ def test_plain_segments_are_not_joined():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_a_step_takes_the_plan_and_waits_for_nothing():
     s = settings(*"--n_layer=4 --n_embd=1024 --n_head=16 --ffn_dim=2736 --vocab_size=8192".split(),
-                 *"--rank=256 --batch_size=8 --checkpoint_activations=True".split(),
-                 "--checkpoint_bits=8")
+                 *"--method=qgalore --rank=256 --batch_size=8".split(),
+                 *"--checkpoint_activations=True --checkpoint_bits=8".split())
     plan = sum(memory_plan(s, torch.bfloat16, torch.bfloat16).values())
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
