@@ -3,11 +3,13 @@ The kernels of one step, by the time that they take.
     python -m bench.profile config/llama_7b.py
 
 Settings are train.py's. The last line that it prints is a JSON object: launches, their milliseconds,
-and the `kernels` that take most, [name, launches, ms]. On a CPU they are torch's operations.
+those of a step without the profiler (many more: the device waits for the host), and the `kernels`
+that take most, [name, launches, ms]. On a CPU they are torch's operations.
 """
 
 import json
 import sys
+from statistics import median
 
 from bench.settings import train_settings
 from configurator import at_least, configure
@@ -25,6 +27,7 @@ from kernels.launch import compile_fused
 from run.device import check_device, pick_device, pick_dtype
 
 STEPS_BEFORE = 3  # first bases, compiled kernels, and one step that is like all
+STEPS_TIMED = 3
 
 
 def main(s):
@@ -44,6 +47,7 @@ def main(s):
     for _ in range(STEPS_BEFORE):
         training.step()
     phases.sync()
+    step_ms = median(training.steps_ms(STEPS_TIMED))
     activities = [ProfilerActivity.CPU]
     if kind == "cuda":
         activities = [ProfilerActivity.CUDA]
@@ -62,6 +66,7 @@ def main(s):
     print(json.dumps({
         "launches": sum(count for _, count, _ in rows),
         "ms": sum(ms for _, _, ms in rows),
+        "step_ms": step_ms,
         "kernels": rows[: s.kernels],
     }))
 

@@ -34,7 +34,7 @@ def test_bench_measures_each_contender_or_says_why_not(tmp_path):
     (tmp_path / "apollo_torch.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'apollo_torch'\", name='apollo_torch')"
     )
-    contenders = "--contenders=qgalore,adam8bit,adamw,apollo"
+    contenders = "--contenders=qgalore,qmuon,adam8bit,adamw,apollo"
     done = bench(contenders, f"--out_dir={tmp_path}/out", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "out" / "bench.json") as f:
@@ -42,7 +42,7 @@ def test_bench_measures_each_contender_or_says_why_not(tmp_path):
     assert rows.pop("apollo")["error"] == "not installed: pip install apollo-torch"
     assert "did not run: not installed" in done.stdout
     assert (tmp_path / "out" / "bench.png").stat().st_size > 0
-    assert list(rows) == ["qgalore", "adam8bit", "adamw"]
+    assert list(rows) == ["qgalore", "qmuon", "adam8bit", "adamw"]
 
     for name, row in rows.items():
         assert "error" not in row, row
@@ -55,7 +55,7 @@ def test_bench_measures_each_contender_or_says_why_not(tmp_path):
         assert row["slowest_ms"] >= row["median_ms"]
         has_bases = name == "qgalore"
         assert row["bases"] == (7 if has_bases else 0)  # seven matrices a block
-        assert (ms["projection"] > 0) == has_bases
+        assert (ms["projection"] > 0) == (name in ("qgalore", "qmuon"))  # what is gathered
         assert (ms["refresh"] is not None) == has_bases
     assert rows["qgalore"]["phase_ms"]["refresh"] > 0
     assert 0 < rows["qgalore"]["refresh_share"] < 1
@@ -136,7 +136,9 @@ def test_a_recipe_is_profiled_as_it_comes_compiled(tmp_path):
     tiny = [flag for flag in report.TINY if not flag.startswith("--compile")]
     found = report.run(job, 600, str(tmp_path), tiny)
     assert "error" not in found, found
-    assert found["rows"][0]["kernels"][0][2] > 0
+    (row,) = found["rows"]
+    assert row["kernels"][0][2] > 0
+    assert row["step_ms"] > 0 and row["launches"] > 0
 
 
 def test_a_reports_tables_have_a_row_a_figure():
