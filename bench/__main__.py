@@ -38,6 +38,8 @@ contender = ""  # internal: the one that this process runs
 if __name__ == "__main__":
     s = configure(train_settings(), sys.modules[__name__])
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in train.py
+
 import torch
 
 from bench.contenders import PHASES, measure_or_reason, settled
