@@ -18,8 +18,10 @@ import torch.nn.functional as F
 import sample
 from configurator import configure
 from finetune import evaluate
-from finetune.evaluate import fit, greedy, loglikelihoods, windows
-from finetune.questions import GROUP_OF, GROUPS, number, read_mmlu
+from finetune.evaluation.items import fit, windows
+from finetune.evaluation.questions import GROUP_OF, GROUPS, number, read_mmlu
+from finetune.evaluation.results import open_partial
+from finetune.evaluation.scores import greedy, loglikelihoods
 from model import LLaMA, LLaMAConfig, QLinear
 from run.checkpoint import save_checkpoint
 from run.encodings import get_encoding
@@ -178,7 +180,7 @@ def test_shared_starts_go_through_once_and_few_logits_are_made(monkeypatch):
 
     monkeypatch.setattr(model, "hidden", hidden)
     monkeypatch.setattr(model, "logits", logits_counted)
-    monkeypatch.setattr(evaluate, "LOSS_CHUNK", 4)
+    monkeypatch.setattr("finetune.evaluation.scores.LOSS_CHUNK", 4)
     rows = []
     for end in ("1", "2"):
         text = "a long common beginning" + end
@@ -337,7 +339,7 @@ def test_shots_are_the_first_records_or_another_files(tmp_path, monkeypatch):
         seen.append(question)
         return fit(question, *args)
 
-    monkeypatch.setattr(evaluate, "fit", noted)
+    monkeypatch.setattr("finetune.evaluation.items.fit", noted)
     settings = sst2(tmp_path)
     settings |= {"model": saved(tmp_path / "run", tiny()), "out": tmp_path / "r.json"}
     result = run(**settings, shots=2)
@@ -580,9 +582,9 @@ def test_no_result_takes_anothers_place(tmp_path, monkeypatch, capsys):
 
 def test_two_processes_do_not_share_partial_results(tmp_path):
     path = tmp_path / "r.json.partial.jsonl"
-    with evaluate.open_partial(str(path)):
+    with open_partial(str(path)):
         with pytest.raises(SystemExit, match="another process evaluates this"):
-            with evaluate.open_partial(str(path)):
+            with open_partial(str(path)):
                 pass
     assert not path.exists()
 
@@ -636,7 +638,7 @@ def test_texts_of_any_unicode_have_one_perplexity(tmp_path, monkeypatch):
     (tmp_path / "bad.txt").write_bytes(b"good \x80")
     with pytest.raises(SystemExit, match="bad.txt: at byte 5: not UTF-8"):
         run(model=folder, data=tmp_path / "bad.txt", out=tmp_path / "r.json")
-    monkeypatch.setattr(evaluate, "LARGEST_TEXT", 9)
+    monkeypatch.setattr("finetune.evaluation.items.LARGEST_TEXT", 9)
     with pytest.raises(SystemExit, match="make shards of it"):
         run(model=folder, data=tmp_path / "x.txt", out=tmp_path / "r.json")
 
