@@ -61,9 +61,10 @@ from run.manifest import Manifest
 from run.pool import map_in_processes
 from run.protocol import (GALORE, ROW, T5, check_protocol, cut_validation, tokenize_rows,
                           write_flags)
-from run.records import NOT_UTF8, NULS, Skipped, kind_of, open_source, record_blocks, texts_in
+from run.records import Skipped, kind_of, record_blocks, texts_in
 from run.shards import HEADER_BYTES, part_of, shard_header, token_dtype
 from run.show import Progress
+from run.sources import NOT_UTF8, NULS, open_source
 from run.text import first_line, valid
 
 BLOCK = 1 << 20  # bytes of text that a worker gets at a time, about 50 ms of work

@@ -28,7 +28,7 @@ from run import data, manifest, records
 from run.data import Windows, open_windows
 from run.encodings import fingerprint, get_encoding
 from run.manifest import Manifest
-from run.records import open_source
+from run.sources import open_source
 from run.shards import open_shard, part_of, shard_paths, write_shard
 from tests.common import refused, settings
 

@@ -12,8 +12,9 @@ from finetune.checkpoints.tokenizer import Tokenizer
 from finetune.data.examples import encode
 from prepare_c4 import encode_long
 from run.encodings import fingerprint
-from run.records import NotText, decode, matching, open_source, records
+from run.records import matching, records
 from run.shards import open_shard
+from run.sources import NotText, decode, open_source
 from run.text import valid
 
 LARGEST_TEXT = 1 << 28  # bytes; its tokens are in memory
