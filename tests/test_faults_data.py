@@ -22,7 +22,7 @@ import prepare_c4
 from configurator import configure
 from finetune import prepare_sft
 from finetune.data import templates
-from finetune.checkpoints.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT
+from finetune.checkpoints.vocabularies import GPT2_SPLIT, LLAMA3_SPLIT
 from prepare_c4 import check_made_of, prepare
 from run import data, manifest, records
 from run.data import Windows, open_windows

@@ -23,7 +23,8 @@ from finetune import hf
 from finetune.checkpoints import gguf_model
 from finetune.adapters import LoRA
 from finetune.checkpoints.gguf_tokenizer import SPLIT_SAMPLE, SPLITS
-from finetune.checkpoints.tokenizer import GPT2_SPLIT, get_tokenizer
+from finetune.checkpoints.tokenizer import get_tokenizer
+from finetune.checkpoints.vocabularies import GPT2_SPLIT
 from model import LLaMA, QLinear
 from run.encodings import get_encoding
 from tests.common import refused, tiny

@@ -21,7 +21,7 @@ import prepare_c4
 import sample
 from configurator import configure
 from finetune import prepare_sft
-from finetune.checkpoints import tokenizer
+from finetune.checkpoints.vocabularies import LLAMA3_SPLIT
 from finetune.data.conversations import conversation
 from finetune.data.examples import encode, examples
 from finetune.data.rows import pack
@@ -411,7 +411,7 @@ def test_text_is_cut_only_for_splits_of_gpt_2_and_llama_3(tmp_path):
     cases = [
         (gpt2, None, True),
         (pre.Sequence([pre.Digits(True), gpt2]), None, True),
-        (split_by(tokenizer.LLAMA3_SPLIT), None, True),
+        (split_by(LLAMA3_SPLIT), None, True),
         (split_by(r"\n+"), None, False),
         (gpt2, tokenizers.normalizers.Prepend("x"), False),
         (pre.ByteLevel(add_prefix_space=True), None, False),

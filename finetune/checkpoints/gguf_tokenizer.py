@@ -13,7 +13,8 @@ import re
 
 from finetune.checkpoints.fields import read_json
 from finetune.checkpoints.hf_tokenizer import SAMPLE, tokenizer_json
-from finetune.checkpoints.tokenizer import GPT2_SPLIT, LLAMA3_SPLIT, get_tokenizer, library
+from finetune.checkpoints.tokenizer import get_tokenizer
+from finetune.checkpoints.vocabularies import GPT2_SPLIT, LLAMA3_SPLIT, library
 from run.text import first_line
 
 SPACE = "\u2581"  # sentencepiece's
