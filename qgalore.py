@@ -17,9 +17,8 @@ with weak ones.
 P comes from the gradient of a whole batch every `gap` steps, in INT4. A layer whose subspace has
 come to rest doubles its own gap, and stops paying for refreshes (section 3.2).
 
-Read on: Projection, the basis and its schedule; ProjectedWeight and Parameter, the two kinds of
-tensors that are trained; QGaLore, the optimizer. Adam's step on 8-bit moments is in
-kernels/moments.py, sister methods of ProjectedWeight are in methods/.
+Read on: Projection, the basis and its schedule; ProjectedWeight and Parameter, what is trained;
+QGaLore, the optimizer. Adam's step is in kernels/moments.py, sister methods are in methods/.
 """
 
 import math
@@ -130,13 +129,11 @@ class Projection:
             self.arriving = Arriving(similarity(overlap, self.dim).where(ok, torch.nan))
             self.basis = tuple(torch.where(ok, new, old) for new, old in zip(codes, self.basis))
         gap = self.gap if self.refreshes else max(1, round(self.gap * self.phase))
+        if self.growth:  # LoQT's schedule
+            gap += int(self.growth**self.refreshes)
         self.last_refresh = step
-        self.next_refresh = step + gap + self._grown()
+        self.next_refresh = step + gap
         self.refreshes += 1
-
-    def _grown(self):
-        """What LoQT's schedule adds to the gap after the refreshes so far."""
-        return int(self.growth**self.refreshes) if self.growth else 0
 
     def _settle(self):
         """Let the last refresh's similarity decide the gap; returns the next refresh's step."""
@@ -437,10 +434,13 @@ class Parameter(Trained):
         shape = p.shape if p.ndim < 3 else (len(p), math.prod(p.shape[1:]))  # a matrix
         self.moments = Moments(shape, optimizer.moments, p.device)
         p.register_post_accumulate_grad_hook(self.look)
+        p.stepped_by = id(self)
 
     @torch.no_grad()
     def look(self, p):
         """Its hook: the gradient of one backward has been added to p.grad."""
+        if p.stepped_by != id(self):  # by a later QGaLore, as layers are
+            return
         self.begin()
         if self.optimizer.accumulating:
             self.optimizer.accumulated = True  # autograd sums up in p.grad

@@ -189,6 +189,19 @@ def test_a_copy_of_a_model_belongs_to_no_optimizer(attached):
         assert same_bits(model, start) and not same_bits(other, start)
 
 
+def test_the_last_optimizer_of_a_model_is_the_one_that_trains_it():
+    """As in a notebook, whose cell runs twice."""
+    model = LLaMA(tiny())
+    before = copy.deepcopy(model)
+    first = QGaLore(model, lr=0.1, rank=4)
+    second = QGaLore(model, lr=0.0, rank=4)
+    for _ in range(2):
+        model(*tokens()).backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    assert {t.step for t in first.trained.values()} == {-1}
+    assert {t.step for t in second.trained.values()} == {1}
+
+
 def test_step_takes_a_closure():
     ours = mixed()
     theirs = with_torch_linears(ours)
