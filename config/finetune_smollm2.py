@@ -13,7 +13,7 @@ batch_size = 1  # a row holds eight or nine reviews
 freeze_embedding = True
 method = "qgalore"
 if_read(rank=64, proj_gap=50)
-learning_rate = 0.003
+learning_rate = 0.0015
 max_iters = 150
 warmup_iters = 15
 eval_interval = 150
