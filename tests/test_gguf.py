@@ -211,19 +211,22 @@ def test_llama_cpp_computes_the_same(kind, tmp_path):
     gguf_model.save(ours, file, "f16", path)
     prompts = [text(1, n, seed=n)[0].tolist() for n in (20, 40, 60)]
     asked = [["/tokenize", {"content": SPLIT_SAMPLE, "add_special": False, "parse_special": False}]]
+    tokenizer = get_tokenizer(path)
+    (letter,) = tokenizer.encode_ordinary("a")
     for prompt in prompts:
-        asked.append(["/completion", {"prompt": prompt, "n_predict": 1, "n_probs": 300}])
+        # it is made to draw a letter: of half a character, or an end token, it tells nothing
+        asked.append(["/completion", {"prompt": prompt, "n_predict": 1, "n_probs": 300,
+                                      "temperature": 0, "logit_bias": [[letter, 100]]}])
     tokens, *completions = llama_cpp(file, *asked)
-    assert tokens["tokens"] == get_tokenizer(path).encode_ordinary(SPLIT_SAMPLE)
+    assert tokens["tokens"] == tokenizer.encode_ordinary(SPLIT_SAMPLE)
     seen = 0
     for prompt, completion in zip(prompts, completions):
         expected = logits(ours, torch.tensor([prompt]))[0, -1].log_softmax(-1)
-        # there are none where the token that it draws is an end token
-        for drawn in completion.get("completion_probabilities", []):
-            for token in drawn["top_logprobs"]:
-                assert abs(token["logprob"] - expected[token["id"]]) < 0.06
-                seen += 1
-    assert seen >= 290
+        (drawn,) = completion["completion_probabilities"]
+        for token in drawn["top_logprobs"]:
+            assert abs(token["logprob"] - expected[token["id"]]) < 0.06
+            seen += 1
+    assert seen == 3 * 300
 
 
 @pytest.mark.parametrize("group_size", [0, 16])
