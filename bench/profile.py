@@ -3,7 +3,7 @@ The kernels of one step, by the time that they take.
     python -m bench.profile config/llama_7b.py
 
 Settings are train.py's. The last line that it prints is a JSON object: launches, their milliseconds,
-those of a step without the profiler (many more: the device waits for the host), and the `kernels`
+those of a step without the profiler (more, where the device waits for the host), and the `kernels`
 that take most, [name, launches, ms]. On a CPU they are torch's operations.
 """
 

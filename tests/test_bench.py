@@ -145,7 +145,9 @@ def test_a_reports_tables_have_a_row_a_figure():
     rows = [{"contender": "qgalore", "peak_gib": 10.79, "tokens_per_s": 6074.2, "mfu": None},
             {"contender": "torchao", "error": "not installed"}]
     card = {"machine": {"device": "H100"}, "commit": "1", "date": "2026-01-01",
-            "jobs": [{"name": "7b-peers", "command": "python -m bench", "rows": rows}]}
+            "jobs": [{"name": "7b-peers", "command": "python -m bench", "rows": rows,
+                      "note": "by hand"}]}
     text = report.tables([card, card])
     assert text.count("| 7b-peers | qgalore | 10.79 | - | 6,074 | - | - |") == 2
     assert text.count("| 7b-peers | torchao | - | - | - | - | - |") == 2
+    assert text.count("- 7b-peers: `python -m bench`: by hand") == 2
