@@ -255,6 +255,7 @@ class LLaMAConfig:
     ffn_dim: int = 1376
     rope_theta: float = 10000.0
     rope_scaling: str = ""  # see rope()
+    rope_dim: int = 0  # so many numbers of each head are turned by RoPE; 0: all
     rope_local_theta: float = 0.0  # of layers with a window, plain RoPE; 0: the same as of others
     nope_every: int = 0  # every n-th layer has no RoPE; 0: all have
     norm_eps: float = 1e-6
@@ -387,7 +388,6 @@ class LLaMA(nn.Module):
         if caches:
             documents = all_documents(caches[0], documents, len(idx), past, T, c.block_size)
         most = c.block_size if past else T  # keys that a token may see
-        # of layers that see all keys, of those that have a window
         masks = attention_masks(past, T, most, c.sliding_window, documents, x.device)
         angles = ropes(position, T, c, x)
         return x, [(*angles[b.slides if b.rotates else None], masks[b.slides]) for b in self.blocks]

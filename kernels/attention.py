@@ -6,6 +6,8 @@ row has, and so at the cost of their own lengths. Windows and soft caps, which t
 a chunk of queries at a time.
 """
 
+import json
+import math
 from typing import NamedTuple
 
 import torch
@@ -45,8 +47,16 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(q, k, cos, sin):
-    """RoPE of queries and keys, in one pass; arguments as for turned(). None: no RoPE."""
-    return (q, k) if cos is None else _Rotate.apply(q, k, cos, sin)
+    """RoPE of queries and keys, in one pass; arguments as for turned(). None: no RoPE.
+
+    Angles of fewer pairs than a head has turn its first numbers; the others stay."""
+    if cos is None:
+        return q, k
+    n = 2 * cos.shape[-1]
+    if n == q.shape[-1]:
+        return _Rotate.apply(q, k, cos, sin)
+    turned_part = _Rotate.apply(q[..., :n], k[..., :n], cos, sin)
+    return tuple(torch.cat([t, x[..., n:]], dim=-1) for t, x in zip(turned_part, (q, k)))
 
 
 def ropes(start, length, c, x):
@@ -58,25 +68,58 @@ def ropes(start, length, c, x):
 
 
 def rope(start, length, c, x, local=False):
-    """cos and sin (length, head_dim / 2) of RoPE's angles at positions start.., of x's dtype.
+    """cos and sin (length, rope_dim / 2) of RoPE's angles at positions start.., of x's dtype.
 
-    c: LLaMAConfig, whose rope_scaling is "", "linear FACTOR", or LLaMA 3's "llama3 FACTOR LOW HIGH
-    LENGTH": wavelengths above LENGTH / LOW are stretched by FACTOR, those below LENGTH / HIGH stay,
-    those between are interpolated. local: plain, of rope_local_theta."""
-    # pair i of a head turns by theta^(-2i / hs) a position
-    at = torch.arange(0, c.head_dim, 2, device=x.device, dtype=torch.float32)
-    frequency = 1.0 / (c.rope_local_theta if local else c.rope_theta) ** (at / c.head_dim)
+    c: LLaMAConfig. local: plain, of rope_local_theta, else by rope_scaling: see frequencies()."""
+    turns, growth = frequencies(c, local, x.device)
+    position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
+    angle = torch.outer(position, turns)  # (T, rope_dim / 2)
+    return (growth * angle.cos()).to(x.dtype), (growth * angle.sin()).to(x.dtype)
+
+
+def frequencies(c, local=False, device=None):
+    """(by what angle each pair of a head turns a position (rope_dim / 2,) float32, what queries and
+    keys are multiplied by).
+
+    Pair i's is theta^(-2i / rope_dim). c.rope_scaling changes them in models for more than the
+    LENGTH tokens of their first training:
+
+    "linear FACTOR": all wavelengths are stretched by FACTOR.
+    "llama3 FACTOR LOW HIGH LENGTH": those above LENGTH / LOW are, those below LENGTH / HIGH stay,
+        those between are interpolated.
+    "yarn FACTOR FAST SLOW GROWTH LENGTH" (arXiv 2309.00071): pairs that turn fewer than SLOW times
+        in LENGTH tokens are stretched, those that turn more than FAST times stay, and those between
+        are interpolated by their number. Queries and keys are multiplied by GROWTH.
+    "longrope SHORT LONG LENGTH LONGEST" (arXiv 2402.13753): each pair by a number of its own, of
+        the JSON list SHORT. Those of LONG are for texts above LENGTH tokens, and not used here."""
+    dim = c.rope_dim or c.head_dim
+    theta = c.rope_local_theta if local else c.rope_theta
+    at = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
+    plain = 1.0 / theta ** (at / dim)
     kind, *numbers = [""] if local else c.rope_scaling.split() or [""]
     if kind == "linear":
-        frequency = frequency / float(numbers[0])
-    elif kind == "llama3":
+        return plain / float(numbers[0]), 1.0
+    if kind == "llama3":
         factor, low, high, trained = map(float, numbers)
         # 1 where a wavelength is short enough to stay, 0 where it is stretched
-        keep = ((trained * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (keep + (1 - keep) / factor)
-    position = torch.arange(start, start + length, device=x.device, dtype=torch.float32)
-    angle = torch.outer(position, frequency)  # (T, hs / 2)
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        keep = ((trained * plain / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+        return plain * (keep + (1 - keep) / factor), 1.0
+    if kind == "yarn":
+        factor, fast, slow, growth, trained = map(float, numbers)
+        # the numbers of the pairs that turn `fast` and `slow` times in `trained` tokens
+        fast, slow = (
+            dim * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (fast, slow)
+        )
+        first = max(math.floor(fast), 0)
+        end = min(math.ceil(slow), dim - 1)
+        stretched = ((at / 2 - first) / max(end - first, 0.001)).clamp(0, 1)
+        return plain * (1 - stretched + stretched / factor), growth
+    if kind == "longrope":
+        short, _, trained, longest = map(json.loads, numbers)
+        growth = math.sqrt(max(1.0, 1 + math.log(longest / trained) / math.log(trained)))
+        return plain / torch.tensor(short, device=device), growth
+    return plain, 1.0
 
 
 # --- which keys a token sees ---

@@ -23,6 +23,7 @@ OF_MODEL = {
     "n_embd": whole(1, 2**17),
     "ffn_dim": whole(1, 2**20),
     "rope_theta": between(1, 1e15),
+    "rope_dim": whole(0, 2**16),
     "norm_eps": between(1e-30, 1),
     "head_dim": whole(0, 2**16),
     "activation": one_of("silu", "gelu", "gelu_erf"),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import attention
-from kernels.attention import Spans, attend, attention_mask, lengths_of, masked
+from kernels.attention import Spans, attend, attention_mask, lengths_of, masked, rotate
 
 LENGTHS = [5, 1, 17, 9, 20, 12]  # of texts in two rows of 32
 
@@ -86,3 +86,15 @@ def test_texts_in_several_pieces_get_a_matrix():
     assert torch.equal(mask, matrix(documents, 4, T=4))
     assert attention_mask(0, 4, 4, torch.tensor([[0, 0, 1, 2]]), "cpu") == Spans([2, 1, 1], 4)
     assert attention_mask(0, 4, 4, None, "cpu") is None
+
+
+def test_rope_of_a_part_of_a_head_leaves_the_rest():
+    q, k, _ = (t.detach().double().transpose(1, 2).requires_grad_() for t in qkv(1, T=3))
+    angle = torch.randn(3, 2, dtype=torch.float64)  # of two pairs, of the four in a head
+    cos, sin = 1.3 * angle.cos(), 1.3 * angle.sin()
+    for t, x in zip(rotate(q, k, cos, sin), (q, k)):
+        assert torch.equal(t[..., 4:], x[..., 4:])
+        norm = t[..., :4].norm(dim=-1)
+        assert torch.allclose(norm, 1.3 * x[..., :4].norm(dim=-1))
+        assert not torch.allclose(t[..., :4], 1.3 * x[..., :4])
+    assert torch.autograd.gradcheck(lambda q, k: rotate(q, k, cos, sin), (q, k))

@@ -66,6 +66,12 @@ def put_tokenizer(folder, bpe, **settings):
     return str(folder)
 
 
+# of heads of 16 numbers, of which half turn
+LONGROPE16 = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5, 2, 3],
+    "long_factor": [2.0, 4.5, 6, 9.25],
+}
 # what llama.cpp's code fixes: the scale of attention is by head_dim, every fourth layer has no RoPE
 WHOLE = {
     "gemma 2": dict(query_pre_attn_scalar=16),
@@ -76,6 +82,8 @@ WHOLE = {
         layer_types=[*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
     ),
     "smollm 3": dict(no_rope_layer_interval=4, num_hidden_layers=5),
+    "olmo 3": dict(num_hidden_layers=5, layer_types=None),
+    "phi 4 mini": dict(original_max_position_embeddings=256, rope_scaling=LONGROPE16),
 }
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("12", "3"), ("Ċ", "Ċ"), ("i", "s")]
 
@@ -110,10 +118,10 @@ def arrays(file):
 # -----------------------------------------------------------------------------
 # models
 
-UNREAD = ("gemma", "olmo 2", "smollm 3")  # for which transformers has no reader
+UNREAD = ("gemma", "olmo 2", "olmo 3", "smollm 3")  # for which transformers has no reader
 READ = [kind for kind in FAMILY if kind not in (*UNREAD, "gemma 2, bare")]
 # of these transformers leaves in the file what the logits depend on
-UNSAID = ("llama 3.1's rope", "linear rope", "gemma 2", "gemma 3", "qwen 3", "phi 3")
+UNSAID = ("llama 3.1's rope", "linear rope", "yarn", "gemma 2", "gemma 3", "qwen 3", "phi")
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -167,7 +175,7 @@ def test_tensors_put_back_by_hand_are_the_model(kind, tmp_path):
     theirs.load_state_dict(state)
     assert 0 < (logits(theirs, text()) - expected).std() < 5e-3 * expected.std()
     said = fields(str(tmp_path / "x.gguf"))
-    assert said["general.architecture"] == kind.replace(" ", "")
+    assert said["general.architecture"] == kind.replace("olmo 3", "olmo 2").replace(" ", "")
 
 
 SERVE = """
@@ -197,15 +205,15 @@ def llama_cpp(file, *requests):
 
 
 # one of each architecture, with the fields that change what it computes
-KINDS = ["llama 3.1's rope", "linear rope", "mistral, no window", "phi 3", "qwen 2", "qwen 3",
-         "smollm 3", "olmo 2", "gemma", "gemma 2", "gemma 3"]
+KINDS = ["llama 3.1's rope", "linear rope", "yarn", "mistral, no window", "phi 3", "phi 4 mini",
+         "qwen 2", "qwen 3", "smollm 3", "olmo 2", "olmo 3", "gemma", "gemma 2", "gemma 3"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_computes_the_same(kind, tmp_path):
     """Its tokens are ours, and its log-probabilities in float16."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-    _, path = checkpoint(tmp_path, kind, max_position_embeddings=128)
+    _, path = checkpoint(tmp_path, kind, max_position_embeddings=512)
     ours = hf.load(path, 16, torch.float32)
     file = str(tmp_path / "x.gguf")
     gguf_model.save(ours, file, "f16", path)
@@ -326,6 +334,7 @@ def test_a_file_is_made_some_rows_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind,changes,words", [
     ("gemma 2", dict(query_pre_attn_scalar=20), "attn_scale"),
     ("smollm 3", dict(no_rope_layer_interval=2), "nope_every is 2"),
+    ("llama", dict(rope_parameters=LONGROPE16, head_dim=8), "has no RoPE of the kind longrope"),
     ("gemma 3", dict(num_hidden_layers=1, layer_types=["full_attention"]), "sliding_window is 0"),
     ("gemma 2, bare", {}, "attn_softcap is 0.0"),
     ("gemma", dict(hidden_act="silu"), "activation is 'silu'"),

@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -66,6 +67,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.5, 3],
+    "long_factor": [2.0, 4.5, 9.25],
+}
 GEMMA2 = dict(
     head_dim=16,
     sliding_window=6,
@@ -91,6 +103,20 @@ GEMMA3 = dict(
         "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
     },
 )
+OLMO3 = dict(
+    sliding_window=6,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters={
+        "full_attention": YARN | {"attention_factor": 1.3, "beta_fast": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+)
+PHI4_MINI = dict(
+    original_max_position_embeddings=24,
+    partial_rotary_factor=0.5,
+    rope_scaling=LONGROPE,
+    tie_word_embeddings=True,
+)
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 QWEN2_WINDOW = dict(use_sliding_window=True, sliding_window=5, max_window_layers=0)
@@ -99,6 +125,7 @@ FAMILY = {
     "llama, tied, wide heads": (LlamaConfig, dict(tie_word_embeddings=True, head_dim=20)),
     "llama 3.1's rope": (LlamaConfig, dict(rope_parameters=LLAMA3)),
     "linear rope": (LlamaConfig, dict(rope_parameters=LINEAR)),
+    "yarn": (LlamaConfig, dict(rope_parameters=YARN)),
     "mistral": (MistralConfig, dict(sliding_window=7, head_dim=16)),
     "mistral, no window": (MistralConfig, dict(sliding_window=None)),
     "gemma": (GemmaConfig, dict(head_dim=16)),
@@ -110,9 +137,11 @@ FAMILY = {
     "qwen 3, window": (Qwen3Config, QWEN2_WINDOW | dict(head_dim=16)),
     "gemma 3": (Gemma3TextConfig, GEMMA3),
     "olmo 2": (Olmo2Config, {}),
+    "olmo 3": (Olmo3Config, OLMO3),
     "smollm 3": (SmolLM3Config, dict(no_rope_layer_interval=2)),
     "phi 3": (Phi3Config, {}),
     "phi 3, window": (Phi3Config, dict(sliding_window=7)),
+    "phi 4 mini": (Phi3Config, PHI4_MINI),
 }
 
 
@@ -266,7 +295,7 @@ def test_in_a_full_cache_a_token_sees_block_size_keys(tmp_path):
 NORMED = ["qwen 3", "gemma 3", "olmo 2"]
 
 
-@pytest.mark.parametrize("kind", ["gemma 2", "qwen 2", "smollm 3", *NORMED])
+@pytest.mark.parametrize("kind", ["gemma 2", "qwen 2", "smollm 3", "yarn", "olmo 3", *NORMED])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_are_those_of_transformers(kind, checkpointed, tmp_path):
     theirs, path = saved(tmp_path, kind)
@@ -456,6 +485,14 @@ SAID = [  # kind, what config.json says besides
     ("smollm 3", dict(sliding_window=3)),
     ("olmo 2", dict(rms_norm_eps=0.01, tie_word_embeddings=True)),
     ("phi 3", dict(original_max_position_embeddings=16)),
+    ("phi 3", dict(partial_rotary_factor=0.5)),
+    ("phi 3", dict(rope_parameters={"rope_theta": 70.0, "partial_rotary_factor": 0.5})),
+    ("phi 4 mini", dict(rope_parameters=None, rope_scaling=LONGROPE, rope_theta=70.0)),
+    ("phi 4 mini", dict(max_position_embeddings=4096)),
+    ("yarn", dict(rope_parameters=YARN | {"beta_fast": 3, "beta_slow": 2, "factor": 1.5})),
+    ("yarn", dict(rope_parameters=None, rope_theta=70.0, rope_scaling=YARN)),
+    ("olmo 3", dict(layer_types=None)),
+    ("olmo 3", dict(rope_parameters=None, rope_scaling=YARN, rope_theta=5e5)),
     ("qwen 3", dict(rope_theta=70.0, rope_parameters=None)),
     ("llama", dict(pretraining_tp=2, attention_dropout=0.5, rms_norm_eps=0.1)),
 ]
@@ -484,8 +521,19 @@ def test_what_config_json_says_is_heard_as_transformers_does(kind, said, tmp_pat
         ("smollm 3", dict(use_sliding_window=True, sliding_window=3, layer_types=None), "order"),
         ("gemma 3", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
         ("gemma 3", dict(rope_parameters={"sliding_attention": LINEAR}), "rope_type is linear"),
-        ("phi 3", dict(rope_parameters={"rope_type": "longrope"}), "longrope"),
-        ("phi 3", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        ("phi 3", dict(rope_parameters={"rope_type": "longrope"}), "has no short_factor"),
+        ("phi 3", dict(rope_parameters=YARN), "has no short_factor"),  # as transformers takes it
+        ("phi 3", dict(rope_parameters={"partial_rotary_factor": 0.3}), "partial_rotary_factor"),
+        ("phi 3", dict(rope_parameters={"partial_rotary_factor": 2}), "partial_rotary_factor"),
+        ("phi 4 mini", dict(rope_scaling=LONGROPE | {"short_factor": [1, 2]}), "3 numbers above 0"),
+        ("phi 4 mini", dict(rope_scaling=LONGROPE | {"long_factor": [1, 2, 0]}), "long_factor is"),
+        ("phi 4 mini", dict(rope_scaling=LONGROPE | {"attention_factor": 1.5}), "attention_factor"),
+        ("phi 4 mini", dict(rope_scaling=LONGROPE | {"factor": 2.0}), "factor is 2.0"),
+        ("phi 4 mini", dict(original_max_position_embeddings=1), "original_max_position"),
+        ("yarn", dict(rope_parameters=YARN | {"truncate": False}), "truncate"),
+        ("yarn", dict(rope_parameters=YARN | {"mscale": 1.0}), "mscale"),
+        ("yarn", dict(rope_parameters=YARN | {"rope_theta": 1}), "rope_theta"),
+        ("yarn", dict(rope_parameters=YARN | {"beta_fast": 0}), "beta_fast"),
         ("phi 3", dict(num_key_value_heads=1), "qkv_proj.weight is [96, 48], expected [72, 48]"),
     ],
 )
@@ -493,6 +541,18 @@ def test_what_a_kind_has_and_ours_does_not_is_refused(kind, said, word, tmp_path
     _, path = saved(tmp_path, kind)
     edit(path, lambda c: c.update(said))
     refused(path, path, word)
+
+
+def test_longrope_has_an_older_name(tmp_path):
+    theirs, path = saved(tmp_path, "phi 4 mini")
+    edit(path, lambda c: c.update(rope_parameters=None, rope_scaling=LONGROPE | {"type": "su"}))
+    assert close(logits(hf.load(path, 16, torch.float32), text()), logits(theirs, text()))
+
+
+def test_longrope_goes_as_far_as_its_short_numbers(tmp_path):
+    theirs, path = saved(tmp_path, "phi 4 mini")
+    assert hf.load(path).config.block_size == 24
+    assert not close(logits(theirs, text(length=25))[:, :24], logits(theirs, text()))
 
 
 @pytest.mark.parametrize("names", ["of version 5", "of the hub"])
@@ -778,9 +838,8 @@ def refused(path, *words):
         ("hidden_size", 10**9, "hidden_size"),
         ("hidden_size", 64, "hidden_size"),
         ("hidden_act", "relu", "relu"),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "yarn"),
+        ("rope_parameters", {"rope_type": "yarn"}, "has no factor"),
         ("rope_parameters", {"rope_type": "dynamic", "factor": 4.0}, "dynamic"),
-        ("rope_parameters", {"rope_type": "longrope"}, "longrope"),
         ("rope_parameters", {"rope_type": "linear"}, "factor"),
         ("rope_parameters", {"rope_type": "linear", "factor": "two"}, "config.json"),
         ("rope_parameters", {"rope_type": ["linear"]}, "rope_type is ['linear']"),

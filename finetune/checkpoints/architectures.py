@@ -24,6 +24,7 @@ class Architecture:
     norm_offset: int = 0  # norms multiply by their weight and this
     scaled_embedding: bool = False  # by the root of its width
     gelu: str = "gelu_erf"  # what "gelu" means in its files
+    local_theta: str = ""  # the key of the theta of layers that slide, where these have their own
     images: tuple = ()  # what tensors' names begin with that are not of its text part
 
 
@@ -69,7 +70,11 @@ ARCHITECTURES = {  # by what transformers calls a model's class
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3",
-        reads={"rms_norm_eps": 1e-5},
+        reads={
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 1,
+            "original_max_position_embeddings": 4096,
+        },
         slides=lambda c, layer: True,
         fused={
             "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -105,6 +110,14 @@ ARCHITECTURES = {  # by what transformers calls a model's class
         reads={"rms_norm_eps": 1e-5},
         names=POST_NORMS,
     ),
+    "Olmo3ForCausalLM": Architecture(
+        "olmo3",
+        fields={"qk_norm": "all", "pre_norms": False, "post_norms": True},
+        reads={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
+        slides=lambda c, layer: (layer + 1) % 4 != 0,
+        local_theta="rope_theta",
+        names=POST_NORMS,
+    ),
     "GemmaForCausalLM": Architecture(
         "gemma",
         reads=GEMMA | {"hidden_act": "gelu_pytorch_tanh"},
@@ -125,6 +138,7 @@ ARCHITECTURES = {  # by what transformers calls a model's class
         "gemma3_text",
         fields={"post_norms": True, "qk_norm": "head"},
         reads=GEMMA3,
+        local_theta="rope_local_base_freq",
         images=("vision_tower.", "multi_modal_projector."),
         slides=lambda c, layer: (layer + 1) % c.whole("sliding_window_pattern", 6) != 0,
         names=POST_NORMS,

@@ -15,6 +15,8 @@ llama.cpp's code fixes for each architecture what config.json may say: an activa
 windows. KINDS says what that is, and another model is refused. It has one line an architecture.
 """
 
+import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +28,7 @@ from finetune.checkpoints.architectures import ARCHITECTURES
 from finetune.checkpoints.gguf_tokenizer import vocabulary
 from finetune.checkpoints.hf_load import hf_names
 from finetune.checkpoints.paths import check_new
-from kernels.attention import rope
+from kernels.attention import frequencies
 from model import QMatrix
 from quant import CHUNK, dequantize_int8
 from run.files import replacing
@@ -51,7 +53,7 @@ class Kind:
     activation: str = "silu"
     # a head's pairs are neighbours for RoPE, not its two halves: rows of q and k change places
     neighbours: bool = False
-    stretches: bool = False  # it reads the factors of LLaMA 3's RoPE
+    ropes: tuple = ("", "linear", "yarn")  # kinds of its scaling
     nope_every: int = 0
     softcaps: bool = False
     global_every: int = 0  # every which layer sees all keys, where the others have a window
@@ -59,15 +61,16 @@ class Kind:
     wide: int = 0  # layers of the one size whose scale of attention is by n_embd / n_head
 
 
-LLAMA = Kind("llama", neighbours=True, stretches=True)
+LLAMA = Kind("llama", neighbours=True, ropes=(*Kind.ropes, "llama3"))
 KINDS = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
-    "Phi3ForCausalLM": Kind("phi3"),
+    "Phi3ForCausalLM": Kind("phi3", ropes=(*Kind.ropes, "longrope")),
     "Qwen2ForCausalLM": Kind("qwen2"),
     "Qwen3ForCausalLM": Kind("qwen3"),
     "SmolLM3ForCausalLM": Kind("smollm3", neighbours=True, nope_every=4),
     "Olmo2ForCausalLM": Kind("olmo2"),
+    "Olmo3ForCausalLM": Kind("olmo2", global_every=4, local_rope=True),
     "GemmaForCausalLM": Kind("gemma", "gelu"),
     "Gemma2ForCausalLM": Kind("gemma2", "gelu", softcaps=True, global_every=2, wide=46),
     "Gemma3ForCausalLM": Kind("gemma3", "gelu", global_every=6, local_rope=True, wide=62),
@@ -125,8 +128,9 @@ def _kind(c):
                 f"{key} is {getattr(c, key)!r}, which llama.cpp's {kind.name} does not have: the "
                 "model cannot be a GGUF file"
             )
-    if c.rope_scaling.startswith("llama3") and not kind.stretches:
-        raise ValueError(f"llama.cpp's {kind.name} has no RoPE of the kind {c.rope_scaling!r}")
+    scaling = c.rope_scaling.partition(" ")[0]
+    if scaling not in kind.ropes:
+        raise ValueError(f"llama.cpp's {kind.name} has no RoPE of the kind {scaling}")
     return kind
 
 
@@ -155,11 +159,9 @@ def _describe(writer, c, kind, weights):
     writer.add_layer_norm_rms_eps(c.norm_eps)
 
     # attention
-    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_dimension_count(c.rope_dim or c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
-    if c.rope_scaling.startswith("linear"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(c.rope_scaling.split()[1]))
+    _describe_scaling(writer, c)
     if kind.softcaps:
         writer.add_attn_logit_softcapping(c.attn_softcap)
         writer.add_final_logit_softcapping(c.logit_softcap)
@@ -167,6 +169,24 @@ def _describe(writer, c, kind, weights):
         writer.add_sliding_window(c.sliding_window or c.block_size)
     if c.rope_local_theta:
         writer.add_rope_freq_base_swa(c.rope_local_theta)
+
+
+def _describe_scaling(writer, c):
+    """What the file says of RoPE's scaling; see frequencies()."""
+    kind, *numbers = c.rope_scaling.split() or [""]
+    _, growth = frequencies(c)
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(float(numbers[0]))
+    if kind == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(float(numbers[1]))
+        writer.add_rope_scaling_yarn_beta_slow(float(numbers[2]))
+        writer.add_rope_scaling_orig_ctx_len(int(numbers[4]))
+        growth /= 0.1 * math.log(max(1.0, float(numbers[0]))) + 1  # llama.cpp multiplies by it
+        writer.add_rope_scaling_attn_factors(growth)
+    if kind == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(int(numbers[2]))
+        writer.add_rope_scaling_attn_factors(growth)
 
 
 def _longest(c, kind):
@@ -190,10 +210,9 @@ def _tensors(model, kind, weights):
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.name)
     names = gguf.get_tensor_name_map(arch, c.n_layer)
     found = []
-    if c.rope_scaling.startswith("llama3"):
-        factors = _rope_factors(c)
-        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
-        found.append((name, factors.shape, gguf.GGMLQuantizationType.F32, lambda: factors))
+    for tensor, factors in _rope_factors(c).items():
+        name = gguf.TENSOR_NAMES[tensor] + ".weight"
+        found.append((name, factors.shape, gguf.GGMLQuantizationType.F32, partial(np.copy, factors)))
     for theirs, parts in _parts(model).items():
         stem, _, ending = theirs.rpartition(".")
         name = names.get_name(stem)
@@ -250,13 +269,18 @@ def _neighbours(rows, head_dim):
 
 
 def _rope_factors(c):
-    """By what LLaMA 3's RoPE divides each pair's frequency, (head_dim / 2,) float32."""
-
-    def frequencies(config):  # angles of position 1, of at most 1 radian
-        cos, sin = rope(1, 1, config, torch.empty(0))
-        return torch.atan2(sin, cos)[0]
-
-    return (frequencies(replace(c, rope_scaling="")) / frequencies(c)).numpy()
+    """{tensor: by what each pair's frequency is divided (rope_dim / 2,) float32}, where the file
+    has them as tensors."""
+    kind, *numbers = c.rope_scaling.split() or [""]
+    if kind == "llama3":
+        plain, _ = frequencies(replace(c, rope_scaling=""))
+        stretched, _ = frequencies(c)
+        return {gguf.MODEL_TENSOR.ROPE_FREQS: (plain / stretched).numpy()}
+    if kind == "longrope":
+        short, long = (np.array(json.loads(text), np.float32) for text in numbers[:2])
+        factors = gguf.MODEL_TENSOR
+        return {factors.ROPE_FACTORS_SHORT: short, factors.ROPE_FACTORS_LONG: long}
+    return {}
 
 
 def _array(name, parts, shape, type_, order):

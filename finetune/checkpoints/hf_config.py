@@ -6,6 +6,7 @@ not have is refused by its name, never passed over: a model that is almost right
 """
 
 import json
+import math
 import os
 
 from finetune.adapters import parse_ranks
@@ -24,6 +25,19 @@ ROPE = {
         "low_freq_factor",
         "high_freq_factor",
         "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "original_max_position_embeddings",
+    ),
+    "longrope": (  # of Phi
+        "short_factor",
+        "long_factor",
+        "original_max_position_embeddings",
+        "max_position_embeddings",
     ),
 }
 
@@ -61,6 +75,9 @@ NEUTRAL = {
     "is_causal": (True,),
     "partial_rotary_factor": (1,),
     "per_layer_config": ({}, []),
+    "truncate": (True,),  # of YaRN, as are the next two
+    "mscale": (0,),
+    "mscale_all_dim": (0,),
 }
 
 
@@ -156,7 +173,7 @@ def _check_supported(c, arch):
 
     # what would need more parameters, or another attention
     for key, neutral in NEUTRAL.items():
-        for fields in (c, numbers):
+        for fields in (c, numbers) if key not in arch.reads else ():
             value = fields.found.get(key)
             if value is not None and value not in neutral:
                 fields.refuse(key, f"{neutral[0]}: another is not supported")
@@ -177,42 +194,85 @@ def _rope(c, arch):
     numbers = c.object("rope_scaling")  # which goes first in both versions
     if not numbers.found:
         numbers = c.object("rope_parameters")
-        if "rope_local_base_freq" in arch.reads:  # one for each kind of layers
+        if arch.local_theta:  # one for each kind of layers
             numbers = numbers.object("full_attention")
     kind = numbers.text("rope_type", None) or numbers.text("type", "default")
+    if arch.kind == "phi3" and kind in ("su", "yarn"):
+        kind = "longrope"  # which older files of Phi-3 call so
     return kind, numbers
 
 
-def _rope_fields(c, arch):
+def _rope_fields(c, arch, head_dim):
     """LLaMAConfig's fields of RoPE; its scaling is like "linear 2.5", "" is plain RoPE."""
     kind, numbers = _rope(c, arch)
     found = {
         "rope_theta": float(numbers.number("rope_theta", c.number("rope_theta", 1e4))),
         "rope_scaling": "",
+        "rope_dim": 0,
         "rope_local_theta": 0.0,
         "nope_every": _nope_every(c, arch),
     }
-    if "rope_local_base_freq" in arch.reads:
+    if arch.local_theta:
         local = c.object("rope_parameters").object("sliding_attention")
         if local.text("rope_type", "default") != "default":
             local.refuse("rope_type", "default: no other is supported")
-        theta = local.number("rope_theta", c.number("rope_local_base_freq"))
+        theta = local.number("rope_theta", c.number(arch.local_theta))
         found["rope_local_theta"] = float(theta)
-    if kind == "default":
-        return found
+    if "partial_rotary_factor" in arch.reads:
+        part = numbers.number("partial_rotary_factor", c.number("partial_rotary_factor"))
+        turned = int(part * head_dim)
+        if not 0 < turned <= head_dim or turned % 2:
+            c.refuse("partial_rotary_factor", f"an even part of head_dim, which is {head_dim}")
+        found["rope_dim"] = turned if turned < head_dim else 0
+    if kind != "default":
+        values = _rope_values(kind, c, numbers, found["rope_dim"] or head_dim)
+        found["rope_scaling"] = " ".join([kind, *values])
+    if kind == "longrope":  # for longer texts it takes other numbers
+        found["block_size"] = min(map(json.loads, values[2:]))
+    return found
 
-    # the numbers of its scaling
-    length = c.whole("original_max_position_embeddings", None)  # goes before that of the object
-    if length is None:
-        length = c.whole("max_position_embeddings")
+
+def _rope_values(kind, c, numbers, dim):
+    """The JSON texts of a scaling's numbers, in the order of ROPE. dim: of a head, that turns."""
+    trained = "original_max_position_embeddings"
+    longest = "max_position_embeddings"
+    length = c.whole(trained, None)  # goes before that of the object
+    if length is not None:
+        numbers.found[trained] = length
+    known = {trained: c.whole(longest)}
+    if kind == "yarn":
+        growth = 0.1 * math.log(max(1, numbers.number("factor"))) + 1  # its section 3.4
+        known |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": growth}
+    given = {key: value for key, value in numbers.found.items() if value is not None}
+    numbers = Fields(known | given, numbers.where)
+
+    if kind == "longrope":
+        lengths = [numbers.whole(trained, least=2), c.whole(longest)]
+        values = [_factors(numbers, key, dim // 2) for key in ROPE[kind][:2]] + lengths
+        _check_growth(numbers, *lengths)
     else:
-        numbers.found["original_max_position_embeddings"] = length
-    numbers = Fields({"original_max_position_embeddings": length} | numbers.found, numbers.where)
-    values = [numbers.number(key) for key in ROPE[kind]]
+        values = [numbers.number(key) for key in ROPE[kind]]
+    if kind == "yarn" and numbers.number("rope_theta", c.number("rope_theta", 1e4)) <= 1:
+        numbers.refuse("rope_theta", "a number above 1")
     if kind == "llama3" and not values[1] < values[2]:
         numbers.refuse("high_freq_factor", "a number above low_freq_factor")
-    found["rope_scaling"] = " ".join([kind, *map(str, values)])
+    return [json.dumps(value, separators=(",", ":")) for value in values]
+
+
+def _factors(numbers, key, n):
+    """LongRoPE's list of a number for each of n pairs."""
+    found = numbers.list(key)
+    if len(found) != n or not all(type(x) in (int, float) and 0 < x < 1e300 for x in found):
+        numbers.refuse(key, f"{n} numbers above 0")
     return found
+
+
+def _check_growth(numbers, trained, longest):
+    """Raise ValueError if a LongRoPE's attention is not scaled by its two lengths."""
+    if numbers.number("factor", longest / trained) != longest / trained:
+        numbers.refuse("factor", "max_position_embeddings / original_max_position_embeddings")
+    if numbers.found.get("attention_factor") is not None:
+        numbers.refuse("attention_factor", "none: it follows from the lengths")
 
 
 def _nope_every(c, arch):
@@ -265,7 +325,7 @@ def _fields(c, arch):
         "pre_norms": True,
         "post_norms": False,
     }
-    found |= _rope_fields(c, arch) | arch.fields
+    found |= _rope_fields(c, arch, found["head_dim"]) | arch.fields
     if "query_pre_attn_scalar" in arch.reads:
         found["attn_scale"] = c.number("query_pre_attn_scalar") ** -0.5
     for field, key in SOFTCAPS.items():
@@ -316,10 +376,6 @@ def config_json(c, dtype, like):
 
     dtype: of the weights. like: the checkpoint directory that the model came from, or None; its
     special tokens and its longest text are kept."""
-    # like "linear 2.5"; "" is plain RoPE
-    kind, *numbers = c.rope_scaling.split() or ["default"]
-    rope = {"rope_type": kind, "rope_theta": c.rope_theta}
-    rope.update(zip(ROPE[kind], map(json.loads, numbers)))
     arch = ARCHITECTURES[c.architecture]
     activation = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "gelu_erf": "gelu"}[c.activation]
     out = {
@@ -336,9 +392,6 @@ def config_json(c, dtype, like):
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embedding,
         "hidden_act": activation,
-        "rope_parameters": rope,  # for transformers 5
-        "rope_theta": c.rope_theta,  # and for version 4
-        "rope_scaling": None if kind == "default" else rope,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # the name in version 4
         "sliding_window": c.sliding_window or None,
@@ -348,15 +401,7 @@ def config_json(c, dtype, like):
     }
     if "hidden_activation" in arch.reads:
         out["hidden_activation"] = activation
-    if c.rope_local_theta:
-        local = {"rope_type": "default", "rope_theta": c.rope_local_theta}
-        out["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        out["rope_local_base_freq"] = c.rope_local_theta
-    if c.nope_every or "no_rope_layer_interval" in arch.reads:
-        every = c.nope_every or c.n_layer + 1
-        out["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(c.n_layer)]
-        out["no_rope_layer_interval"] = every
-    out |= _attention_json(c, arch)
+    out |= _rope_json(c, arch) | _attention_json(c, arch)
     if like:
         where = os.path.join(like, "config.json")
         source = Fields(read_json(like, "config.json", needed=False), where)
@@ -366,6 +411,34 @@ def config_json(c, dtype, like):
         if "text_config" in source.found:
             source = source.object("text_config")
         out[key] = source.whole(key, arch.reads.get(key, c.block_size))
+    return out
+
+
+def _rope_json(c, arch):
+    """What config.json says of RoPE: transformers 5 reads rope_parameters, version 4 the rest."""
+    kind, *numbers = c.rope_scaling.split() or ["default"]  # like "linear 2.5"
+    rope = {"rope_type": kind, "rope_theta": c.rope_theta}
+    rope.update(zip(ROPE[kind], map(json.loads, numbers)))
+    out = {"rope_theta": c.rope_theta, "rope_parameters": rope, "rope_scaling": None}
+    if c.rope_dim:
+        part = c.rope_dim / c.head_dim
+        if int(part * c.head_dim) < c.rope_dim:  # as transformers rounds it
+            part = math.nextafter(part, 1)
+        rope["partial_rotary_factor"] = out["partial_rotary_factor"] = part
+    if kind == "longrope":  # version 4 has the two lengths outside, and checks for no fourth key
+        short, long, *lengths = ROPE[kind]
+        out["rope_scaling"] = {"type": kind, short: rope[short], long: rope[long]}
+        out |= {key: rope.pop(key) for key in lengths}
+    elif kind != "default":
+        out["rope_scaling"] = rope
+    if c.rope_local_theta:
+        local = {"rope_type": "default", "rope_theta": c.rope_local_theta}
+        out["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        out[arch.local_theta] = c.rope_local_theta
+    if c.nope_every or "no_rope_layer_interval" in arch.reads:
+        every = c.nope_every or c.n_layer + 1
+        out["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(c.n_layer)]
+        out["no_rope_layer_interval"] = every
     return out
 
 
