@@ -87,9 +87,10 @@ def frequencies(c, local=False, device=None):
     "linear FACTOR": all wavelengths are stretched by FACTOR.
     "llama3 FACTOR LOW HIGH LENGTH": those above LENGTH / LOW are, those below LENGTH / HIGH stay,
         those between are interpolated.
-    "yarn FACTOR FAST SLOW GROWTH LENGTH" (arXiv 2309.00071): pairs that turn fewer than SLOW times
-        in LENGTH tokens are stretched, those that turn more than FAST times stay, and those between
-        are interpolated by their number. Queries and keys are multiplied by GROWTH.
+    "yarn FACTOR FAST SLOW GROWTH LENGTH BETA" (arXiv 2309.00071): pairs that turn fewer than SLOW
+        times in LENGTH tokens are stretched, those that turn more than FAST times stay, and those
+        between are interpolated by their number. Queries and keys are multiplied by GROWTH. Unless
+        BETA is 0, queries grow above LENGTH tokens, which is not computed here.
     "longrope SHORT LONG LENGTH LONGEST" (arXiv 2402.13753): each pair by a number of its own, of
         the JSON list SHORT. Those of LONG are for texts above LENGTH tokens, and not used here."""
     dim = c.rope_dim or c.head_dim
@@ -105,7 +106,7 @@ def frequencies(c, local=False, device=None):
         keep = ((trained * plain / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
         return plain * (keep + (1 - keep) / factor), 1.0
     if kind == "yarn":
-        factor, fast, slow, growth, trained = map(float, numbers)
+        factor, fast, slow, growth, trained, _ = map(float, numbers)
         # the numbers of the pairs that turn `fast` and `slow` times in `trained` tokens
         fast, slow = (
             dim * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))

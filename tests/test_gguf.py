@@ -28,7 +28,7 @@ from finetune.checkpoints.vocabularies import GPT2_SPLIT
 from model import LLaMA, QLinear
 from run.encodings import get_encoding
 from tests.common import refused, tiny
-from tests.test_hf import FAMILY, Floats, close, logits, saved, text
+from tests.test_hf import FAMILY, MINISTRAL3, Floats, close, logits, saved, text
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -83,6 +83,10 @@ WHOLE = {
     ),
     "smollm 3": dict(no_rope_layer_interval=4, num_hidden_layers=5),
     "olmo 3": dict(num_hidden_layers=5, layer_types=None),
+    "ministral 3": dict(
+        rope_parameters=MINISTRAL3["rope_parameters"]
+        | {"original_max_position_embeddings": 256, "mscale": 1.5}
+    ),
     "phi 4 mini": dict(original_max_position_embeddings=256, rope_scaling=LONGROPE16),
 }
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2"), ("12", "3"), ("Ċ", "Ċ"), ("i", "s")]
@@ -118,7 +122,7 @@ def arrays(file):
 # -----------------------------------------------------------------------------
 # models
 
-UNREAD = ("gemma", "olmo 2", "olmo 3", "smollm 3")  # for which transformers has no reader
+UNREAD = ("gemma", "ministral 3", "olmo 2", "olmo 3", "smollm 3")  # for which transformers has no reader
 READ = [kind for kind in FAMILY if kind not in (*UNREAD, "gemma 2, bare")]
 # of these transformers leaves in the file what the logits depend on
 UNSAID = ("llama 3.1's rope", "linear rope", "yarn", "gemma 2", "gemma 3", "qwen 3", "phi")
@@ -167,7 +171,7 @@ def test_tensors_put_back_by_hand_are_the_model(kind, tmp_path):
         at = f"model.layers.{layer[1]}." if layer else ""
         if kind == "gemma" and part.endswith("norm"):
             array = array - 1
-        if kind == "smollm 3" and part in ("attn_q", "attn_k"):
+        if kind in ("smollm 3", "ministral 3") and part in ("attn_q", "attn_k"):
             array = array.reshape(-1, 8, 2, 64).swapaxes(1, 2).reshape(array.shape)
         state[f"{at}{NAMES[part]}.{ending}"] = torch.tensor(array)
     expected = logits(theirs, text())
@@ -175,7 +179,8 @@ def test_tensors_put_back_by_hand_are_the_model(kind, tmp_path):
     theirs.load_state_dict(state)
     assert 0 < (logits(theirs, text()) - expected).std() < 5e-3 * expected.std()
     said = fields(str(tmp_path / "x.gguf"))
-    assert said["general.architecture"] == kind.replace("olmo 3", "olmo 2").replace(" ", "")
+    names = {"olmo 3": "olmo2", "ministral 3": "mistral3"}
+    assert said["general.architecture"] == names.get(kind, kind.replace(" ", ""))
 
 
 SERVE = """
@@ -205,7 +210,7 @@ def llama_cpp(file, *requests):
 
 
 # one of each architecture, with the fields that change what it computes
-KINDS = ["llama 3.1's rope", "linear rope", "yarn", "mistral, no window", "phi 3", "phi 4 mini",
+KINDS = ["llama 3.1's rope", "linear rope", "yarn", "mistral, no window", "ministral 3", "phi 3", "phi 4 mini",
          "qwen 2", "qwen 3", "smollm 3", "olmo 2", "olmo 3", "gemma", "gemma 2", "gemma 3"]
 
 

@@ -5,6 +5,7 @@ Tests of finetune/hf.py, and of the LLaMA family in model.py.
 transformers makes tiny random models; what it computes is what we must compute.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -24,6 +25,9 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
+    Ministral3Config,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -73,6 +77,16 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+MINISTRAL3 = dict(
+    head_dim=16,
+    rope_parameters=YARN
+    | {
+        "original_max_position_embeddings": 24,
+        "mscale": 1.5,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+)
 LONGROPE = {
     "type": "longrope",
     "short_factor": [1.0, 1.5, 3],
@@ -128,6 +142,7 @@ FAMILY = {
     "yarn": (LlamaConfig, dict(rope_parameters=YARN)),
     "mistral": (MistralConfig, dict(sliding_window=7, head_dim=16)),
     "mistral, no window": (MistralConfig, dict(sliding_window=None)),
+    "ministral 3": (Ministral3Config, MINISTRAL3),
     "gemma": (GemmaConfig, dict(head_dim=16)),
     "gemma 2": (Gemma2Config, GEMMA2),
     "gemma 2, bare": (Gemma2Config, BARE_GEMMA2),
@@ -149,7 +164,8 @@ def make(kind="llama", **changes):
     """transformers' model of that kind; its norms and biases are not what a new model has."""
     make_config, special = FAMILY[kind]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config(**SIZES | special | changes))
+    fields = copy.deepcopy(SIZES | special | changes)  # a config writes into its dicts
+    model = AutoModelForCausalLM.from_config(make_config(**fields))
     model.float().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -490,6 +506,7 @@ SAID = [  # kind, what config.json says besides
     ("phi 4 mini", dict(rope_parameters=None, rope_scaling=LONGROPE, rope_theta=70.0)),
     ("phi 4 mini", dict(max_position_embeddings=4096)),
     ("yarn", dict(rope_parameters=YARN | {"beta_fast": 3, "beta_slow": 2, "factor": 1.5})),
+    ("yarn", dict(rope_parameters=YARN | {"mscale": 2, "mscale_all_dim": 0.5})),
     ("yarn", dict(rope_parameters=None, rope_theta=70.0, rope_scaling=YARN)),
     ("olmo 3", dict(layer_types=None)),
     ("olmo 3", dict(rope_parameters=None, rope_scaling=YARN, rope_theta=5e5)),
@@ -531,7 +548,7 @@ def test_what_config_json_says_is_heard_as_transformers_does(kind, said, tmp_pat
         ("phi 4 mini", dict(rope_scaling=LONGROPE | {"factor": 2.0}), "factor is 2.0"),
         ("phi 4 mini", dict(original_max_position_embeddings=1), "original_max_position"),
         ("yarn", dict(rope_parameters=YARN | {"truncate": False}), "truncate"),
-        ("yarn", dict(rope_parameters=YARN | {"mscale": 1.0}), "mscale"),
+        ("yarn", dict(rope_parameters=YARN | {"mscale": -1.0}), "mscale"),
         ("yarn", dict(rope_parameters=YARN | {"rope_theta": 1}), "rope_theta"),
         ("yarn", dict(rope_parameters=YARN | {"beta_fast": 0}), "beta_fast"),
         ("phi 3", dict(num_key_value_heads=1), "qkv_proj.weight is [96, 48], expected [72, 48]"),
@@ -549,25 +566,45 @@ def test_longrope_has_an_older_name(tmp_path):
     assert close(logits(hf.load(path, 16, torch.float32), text()), logits(theirs, text()))
 
 
-def test_longrope_goes_as_far_as_its_short_numbers(tmp_path):
-    theirs, path = saved(tmp_path, "phi 4 mini")
+@pytest.mark.parametrize("kind", ["phi 4 mini", "ministral 3"])
+def test_a_model_ends_where_longer_texts_need_another(kind, tmp_path):
+    theirs, path = saved(tmp_path, kind)
     assert hf.load(path).config.block_size == 24
-    assert not close(logits(theirs, text(length=25))[:, :24], logits(theirs, text()))
+    ours = LLaMA(LLaMAConfig(**hf.settings(path) | {"block_size": 64}), plain_linear, "meta")
+    hf.load_weights(ours, path)
+    idx = text(length=26)
+    assert not close(logits(theirs, idx)[:, -1], logits(ours, idx)[:, -1])
 
 
-@pytest.mark.parametrize("names", ["of version 5", "of the hub"])
-def test_of_a_model_that_sees_images_the_text_part_is_read(names, tmp_path, capsys):
-    text_config = SIZES | GEMMA3 | dict(final_logit_softcapping=None)  # of the text part alone
-    config = Gemma3Config(
-        text_config=Gemma3TextConfig(**text_config).to_dict(),
-        vision_config=dict(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            image_size=8, patch_size=4,
-        ),
-        mm_tokens_per_image=4,
-    )
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+    patch_size=4, head_dim=8,
+)
+
+
+def that_sees(kind):
+    """transformers' model with a part that sees images, and a text part of that kind."""
+    make_config, special = FAMILY[kind]
+    text_config = copy.deepcopy(SIZES | special)
     torch.manual_seed(0)
-    theirs = Gemma3ForConditionalGeneration(config).float().eval()
+    if kind == "gemma 3":
+        text_config["final_logit_softcapping"] = None  # of the text part alone
+        config = Gemma3Config(
+            text_config=make_config(**text_config).to_dict(), vision_config=VISION,
+            mm_tokens_per_image=4,
+        )
+        return Gemma3ForConditionalGeneration(config).float().eval()
+    config = Mistral3Config(
+        text_config=make_config(**text_config).to_dict(), tie_word_embeddings=False,
+        vision_config=VISION | {"model_type": "pixtral"},
+    )
+    return Mistral3ForConditionalGeneration(config).float().eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma 3", "ministral 3", "mistral, no window"])
+@pytest.mark.parametrize("names", ["of version 5", "of the hub"])
+def test_of_a_model_that_sees_images_the_text_part_is_read(names, kind, tmp_path, capsys):
+    theirs = that_sees(kind)
     path = str(tmp_path / "theirs")
     theirs.save_pretrained(path)
     assert any("vision_tower" in name for name in hf_files.tensor_files(path))
@@ -580,13 +617,22 @@ def test_of_a_model_that_sees_images_the_text_part_is_read(names, tmp_path, caps
     out = str(tmp_path / "ours")
     hf.save(ours, out, like=path, dtype=torch.float32)
     again = read_back(out)
-    assert type(again).__name__ == "Gemma3ForCausalLM"
+    assert again.config.model_type == FAMILY[kind][0].model_type
     assert again.config.max_position_embeddings == 64
     assert close(logits(again, text()), logits(theirs, text()))
 
 
+def test_a_text_part_of_another_kind_is_refused(tmp_path):
+    path = str(tmp_path / "theirs")
+    that_sees("ministral 3").save_pretrained(path)
+    edit(path, lambda c: c["text_config"].update(model_type="qwen3"))
+    refused(path, path, "text_config: model_type is qwen3, expected mistral or ministral3")
+
+
 def old_name(name):
-    """A tensor's name in the hub's own files of Gemma 3."""
+    """A tensor's name in the hub's own files of such models."""
+    if name == HEAD:
+        return "language_model." + name
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     return name.removeprefix("model.")

@@ -33,6 +33,7 @@ POST_NORMS = {
     "attn_post_norm": "post_attention_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
+SEEN = ("vision_tower.", "multi_modal_projector.")
 QWEN = {
     "num_key_value_heads": 32,
     "use_sliding_window": False,
@@ -67,6 +68,13 @@ ARCHITECTURES = {  # by what transformers calls a model's class
         "mistral",
         reads={"sliding_window": 4096, "num_key_value_heads": 8},
         slides=lambda c, layer: True,
+        images=SEEN,
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        "ministral3",
+        reads={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+        slides=lambda c, layer: True,
+        images=SEEN,
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3",
@@ -139,7 +147,7 @@ ARCHITECTURES = {  # by what transformers calls a model's class
         fields={"post_norms": True, "qk_norm": "head"},
         reads=GEMMA3,
         local_theta="rope_local_base_freq",
-        images=("vision_tower.", "multi_modal_projector."),
+        images=SEEN,
         slides=lambda c, layer: (layer + 1) % c.whole("sliding_window_pattern", 6) != 0,
         names=POST_NORMS,
         norm_offset=1,
@@ -147,6 +155,11 @@ ARCHITECTURES = {  # by what transformers calls a model's class
     ),
 }
 
-WITH_IMAGES = {  # a class whose config.json has that of its text part: (model_type, that part's)
-    "Gemma3ForConditionalGeneration": ("gemma3", "Gemma3ForCausalLM"),
+# a class whose config.json has that of its text part: (its model_type, what that part may be)
+WITH_IMAGES = {
+    "Gemma3ForConditionalGeneration": ("gemma3", ("Gemma3ForCausalLM",)),
+    "Mistral3ForConditionalGeneration": (
+        "mistral3",
+        ("MistralForCausalLM", "Ministral3ForCausalLM"),
+    ),
 }

@@ -65,6 +65,7 @@ LLAMA = Kind("llama", neighbours=True, ropes=(*Kind.ropes, "llama3"))
 KINDS = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
+    "Ministral3ForCausalLM": Kind("mistral3", neighbours=True),
     "Phi3ForCausalLM": Kind("phi3", ropes=(*Kind.ropes, "longrope")),
     "Qwen2ForCausalLM": Kind("qwen2"),
     "Qwen3ForCausalLM": Kind("qwen3"),

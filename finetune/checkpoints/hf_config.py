@@ -11,7 +11,7 @@ import os
 
 from finetune.adapters import parse_ranks
 from finetune.checkpoints.architectures import ARCHITECTURES, WITH_IMAGES
-from finetune.checkpoints.fields import Fields, read_json, shown
+from finetune.checkpoints.fields import REQUIRED, Fields, read_json, shown
 from finetune.checkpoints.hf_files import EMBEDDING, HEAD, alike, has_weights, shapes, tensor_files
 from model import LLaMAConfig
 from run.text import first_line
@@ -32,6 +32,7 @@ ROPE = {
         "beta_slow",
         "attention_factor",
         "original_max_position_embeddings",
+        "llama_4_scaling_beta",  # above this length queries grow, which ours do not
     ),
     "longrope": (  # of Phi
         "short_factor",
@@ -75,9 +76,7 @@ NEUTRAL = {
     "is_causal": (True,),
     "partial_rotary_factor": (1,),
     "per_layer_config": ({}, []),
-    "truncate": (True,),  # of YaRN, as are the next two
-    "mscale": (0,),
-    "mscale_all_dim": (0,),
+    "truncate": (True,),  # of YaRN
 }
 
 
@@ -110,8 +109,12 @@ def described(path):
     c = Fields(read_json(path, "config.json"), where)
     name = _architecture(c)
     if name in WITH_IMAGES:
-        name = WITH_IMAGES[name][1]
         c = c.object("text_config")
+        parts = {ARCHITECTURES[part].kind: part for part in WITH_IMAGES[name][1]}
+        kind = c.text("model_type", next(iter(parts)))
+        if kind not in parts:
+            c.refuse("model_type", " or ".join(parts))
+        name = parts[kind]
     arch = ARCHITECTURES[name]
     c = Fields(arch.reads | c.found, c.where)
     _check_supported(c, arch)
@@ -226,14 +229,17 @@ def _rope_fields(c, arch, head_dim):
         found["rope_dim"] = turned if turned < head_dim else 0
     if kind != "default":
         values = _rope_values(kind, c, numbers, found["rope_dim"] or head_dim)
-        found["rope_scaling"] = " ".join([kind, *values])
-    if kind == "longrope":  # for longer texts it takes other numbers
-        found["block_size"] = min(map(json.loads, values[2:]))
+        texts = [json.dumps(value, separators=(",", ":")) for value in values]
+        found["rope_scaling"] = " ".join([kind, *texts])
+        said = dict(zip(ROPE[kind], values))
+        if kind == "longrope" or said.get("llama_4_scaling_beta"):  # longer texts are otherwise
+            length = min(said["original_max_position_embeddings"], c.whole("max_position_embeddings"))
+            found["block_size"] = int(length)
     return found
 
 
 def _rope_values(kind, c, numbers, dim):
-    """The JSON texts of a scaling's numbers, in the order of ROPE. dim: of a head, that turns."""
+    """A scaling's numbers, in the order of ROPE. dim: of a head, that RoPE turns."""
     trained = "original_max_position_embeddings"
     longest = "max_position_embeddings"
     length = c.whole(trained, None)  # goes before that of the object
@@ -241,8 +247,7 @@ def _rope_values(kind, c, numbers, dim):
         numbers.found[trained] = length
     known = {trained: c.whole(longest)}
     if kind == "yarn":
-        growth = 0.1 * math.log(max(1, numbers.number("factor"))) + 1  # its section 3.4
-        known |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": growth}
+        known |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": _yarn_growth(numbers)}
     given = {key: value for key, value in numbers.found.items() if value is not None}
     numbers = Fields(known | given, numbers.where)
 
@@ -251,12 +256,23 @@ def _rope_values(kind, c, numbers, dim):
         values = [_factors(numbers, key, dim // 2) for key in ROPE[kind][:2]] + lengths
         _check_growth(numbers, *lengths)
     else:
-        values = [numbers.number(key) for key in ROPE[kind]]
+        defaults = {"llama_4_scaling_beta": 0}
+        values = [numbers.number(key, defaults.get(key, REQUIRED)) for key in ROPE[kind]]
     if kind == "yarn" and numbers.number("rope_theta", c.number("rope_theta", 1e4)) <= 1:
         numbers.refuse("rope_theta", "a number above 1")
     if kind == "llama3" and not values[1] < values[2]:
         numbers.refuse("high_freq_factor", "a number above low_freq_factor")
-    return [json.dumps(value, separators=(",", ":")) for value in values]
+    return values
+
+
+def _yarn_growth(numbers):
+    """By what YaRN multiplies queries and keys (its section 3.4), where that is not said."""
+    log = math.log(max(1, numbers.number("factor")))
+    some = numbers.number("mscale", 0)
+    all_ = numbers.number("mscale_all_dim", 0)
+    if some and all_:
+        return (0.1 * some * log + 1) / (0.1 * all_ * log + 1)
+    return 0.1 * log + 1
 
 
 def _factors(numbers, key, n):
@@ -419,6 +435,8 @@ def _rope_json(c, arch):
     kind, *numbers = c.rope_scaling.split() or ["default"]  # like "linear 2.5"
     rope = {"rope_type": kind, "rope_theta": c.rope_theta}
     rope.update(zip(ROPE[kind], map(json.loads, numbers)))
+    if not rope.get("llama_4_scaling_beta", True):  # as of all but Ministral 3
+        rope.pop("llama_4_scaling_beta")
     out = {"rope_theta": c.rope_theta, "rope_parameters": rope, "rope_scaling": None}
     if c.rope_dim:
         part = c.rope_dim / c.head_dim
