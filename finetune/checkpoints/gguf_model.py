@@ -213,7 +213,8 @@ def _tensors(model, kind, weights):
     found = []
     for tensor, factors in _rope_factors(c).items():
         name = gguf.TENSOR_NAMES[tensor] + ".weight"
-        found.append((name, factors.shape, gguf.GGMLQuantizationType.F32, partial(np.copy, factors)))
+        as_it_is = partial(np.copy, factors)
+        found.append((name, factors.shape, gguf.GGMLQuantizationType.F32, as_it_is))
     for theirs, parts in _parts(model).items():
         stem, _, ending = theirs.rpartition(".")
         name = names.get_name(stem)

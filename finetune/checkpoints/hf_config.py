@@ -5,42 +5,15 @@ Of each architecture everything is read that changes what the model computes. Wh
 not have is refused by its name, never passed over: a model that is almost right is worse than none.
 """
 
-import json
-import math
 import os
 
 from finetune.adapters import parse_ranks
 from finetune.checkpoints.architectures import ARCHITECTURES, WITH_IMAGES
-from finetune.checkpoints.fields import REQUIRED, Fields, read_json, shown
+from finetune.checkpoints.fields import Fields, read_json, shown
 from finetune.checkpoints.hf_files import EMBEDDING, HEAD, alike, has_weights, shapes, tensor_files
+from finetune.checkpoints.hf_rope import rope_fields, rope_json, scaling
 from model import LLaMAConfig
 from run.text import first_line
-
-# the numbers that each kind of RoPE scaling has, in the order of LLaMAConfig.rope_scaling
-ROPE = {
-    "default": (),  # plain RoPE
-    "linear": ("factor",),  # positions divided by it
-    "llama3": (  # LLaMA 3.1's
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": (
-        "factor",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "original_max_position_embeddings",
-        "llama_4_scaling_beta",  # above this length queries grow, which ours do not
-    ),
-    "longrope": (  # of Phi
-        "short_factor",
-        "long_factor",
-        "original_max_position_embeddings",
-        "max_position_embeddings",
-    ),
-}
 
 # transformers' names of the activations that model.py has
 ACTIVATIONS = {
@@ -167,14 +140,8 @@ def _check_sizes(path, found, held):
 
 def _check_supported(c, arch):
     """Raise ValueError if config.json's object c has something that model.py lacks."""
-    kind, numbers = _rope(c, arch)
-    # transformers 5 may give each kind of layer its own
-    if any(isinstance(value, dict) for value in numbers.found.values()):
-        numbers.refuse("rope_type", "one kind of RoPE for all layers")
-    if kind not in ROPE:
-        numbers.refuse("rope_type", "one that is supported: " + ", ".join(ROPE))
-
     # what would need more parameters, or another attention
+    _, numbers = scaling(c, arch)
     for key, neutral in NEUTRAL.items():
         for fields in (c, numbers) if key not in arch.reads else ():
             value = fields.found.get(key)
@@ -190,120 +157,6 @@ def _check_supported(c, arch):
         size = quantized.whole("group_size", least=0)
         if size & (size - 1):
             quantized.refuse("group_size", "0 or a power of two")
-
-
-def _rope(c, arch):
-    """(kind of RoPE scaling, the Fields with its numbers): version 4's, or transformers 5's."""
-    numbers = c.object("rope_scaling")  # which goes first in both versions
-    if not numbers.found:
-        numbers = c.object("rope_parameters")
-        if arch.local_theta:  # one for each kind of layers
-            numbers = numbers.object("full_attention")
-    kind = numbers.text("rope_type", None) or numbers.text("type", "default")
-    if arch.kind == "phi3" and kind in ("su", "yarn"):
-        kind = "longrope"  # which older files of Phi-3 call so
-    return kind, numbers
-
-
-def _rope_fields(c, arch, head_dim):
-    """LLaMAConfig's fields of RoPE; its scaling is like "linear 2.5", "" is plain RoPE."""
-    kind, numbers = _rope(c, arch)
-    found = {
-        "rope_theta": float(numbers.number("rope_theta", c.number("rope_theta", 1e4))),
-        "rope_scaling": "",
-        "rope_dim": 0,
-        "rope_local_theta": 0.0,
-        "nope_every": _nope_every(c, arch),
-    }
-    if arch.local_theta:
-        local = c.object("rope_parameters").object("sliding_attention")
-        if local.text("rope_type", "default") != "default":
-            local.refuse("rope_type", "default: no other is supported")
-        theta = local.number("rope_theta", c.number(arch.local_theta))
-        found["rope_local_theta"] = float(theta)
-    if "partial_rotary_factor" in arch.reads:
-        part = numbers.number("partial_rotary_factor", c.number("partial_rotary_factor"))
-        turned = int(part * head_dim)
-        if not 0 < turned <= head_dim or turned % 2:
-            c.refuse("partial_rotary_factor", f"an even part of head_dim, which is {head_dim}")
-        found["rope_dim"] = turned if turned < head_dim else 0
-    if kind != "default":
-        values = _rope_values(kind, c, numbers, found["rope_dim"] or head_dim)
-        texts = [json.dumps(value, separators=(",", ":")) for value in values]
-        found["rope_scaling"] = " ".join([kind, *texts])
-        said = dict(zip(ROPE[kind], values))
-        if kind == "longrope" or said.get("llama_4_scaling_beta"):  # longer texts are otherwise
-            length = min(said["original_max_position_embeddings"], c.whole("max_position_embeddings"))
-            found["block_size"] = int(length)
-    return found
-
-
-def _rope_values(kind, c, numbers, dim):
-    """A scaling's numbers, in the order of ROPE. dim: of a head, that RoPE turns."""
-    trained = "original_max_position_embeddings"
-    longest = "max_position_embeddings"
-    length = c.whole(trained, None)  # goes before that of the object
-    if length is not None:
-        numbers.found[trained] = length
-    known = {trained: c.whole(longest)}
-    if kind == "yarn":
-        known |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": _yarn_growth(numbers)}
-    given = {key: value for key, value in numbers.found.items() if value is not None}
-    numbers = Fields(known | given, numbers.where)
-
-    if kind == "longrope":
-        lengths = [numbers.whole(trained, least=2), c.whole(longest)]
-        values = [_factors(numbers, key, dim // 2) for key in ROPE[kind][:2]] + lengths
-        _check_growth(numbers, *lengths)
-    else:
-        defaults = {"llama_4_scaling_beta": 0}
-        values = [numbers.number(key, defaults.get(key, REQUIRED)) for key in ROPE[kind]]
-    if kind == "yarn" and numbers.number("rope_theta", c.number("rope_theta", 1e4)) <= 1:
-        numbers.refuse("rope_theta", "a number above 1")
-    if kind == "llama3" and not values[1] < values[2]:
-        numbers.refuse("high_freq_factor", "a number above low_freq_factor")
-    return values
-
-
-def _yarn_growth(numbers):
-    """By what YaRN multiplies queries and keys (its section 3.4), where that is not said."""
-    log = math.log(max(1, numbers.number("factor")))
-    some = numbers.number("mscale", 0)
-    all_ = numbers.number("mscale_all_dim", 0)
-    if some and all_:
-        return (0.1 * some * log + 1) / (0.1 * all_ * log + 1)
-    return 0.1 * log + 1
-
-
-def _factors(numbers, key, n):
-    """LongRoPE's list of a number for each of n pairs."""
-    found = numbers.list(key)
-    if len(found) != n or not all(type(x) in (int, float) and 0 < x < 1e300 for x in found):
-        numbers.refuse(key, f"{n} numbers above 0")
-    return found
-
-
-def _check_growth(numbers, trained, longest):
-    """Raise ValueError if a LongRoPE's attention is not scaled by its two lengths."""
-    if numbers.number("factor", longest / trained) != longest / trained:
-        numbers.refuse("factor", "max_position_embeddings / original_max_position_embeddings")
-    if numbers.found.get("attention_factor") is not None:
-        numbers.refuse("attention_factor", "none: it follows from the lengths")
-
-
-def _nope_every(c, arch):
-    """LLaMAConfig.nope_every: by a list of 1 and 0, else by the interval."""
-    if "no_rope_layer_interval" not in arch.reads:
-        return 0
-    every = c.whole("no_rope_layer_interval")
-    n_layer = c.whole("num_hidden_layers")
-    listed = c.list("no_rope_layers", None)
-    if listed is not None:  # of which the others may be more
-        rotates = listed[:n_layer]
-        every = rotates.index(0) + 1 if 0 in rotates else n_layer + 1
-        if rotates != [int((i + 1) % every != 0) for i in range(n_layer)]:
-            c.refuse("no_rope_layers", "a 0 at every n-th of the layers, 1 at the others")
-    return every if every <= n_layer else 0
 
 
 def _activation(c, arch):
@@ -341,7 +194,7 @@ def _fields(c, arch):
         "pre_norms": True,
         "post_norms": False,
     }
-    found |= _rope_fields(c, arch, found["head_dim"]) | arch.fields
+    found |= rope_fields(c, arch, found["head_dim"]) | arch.fields
     if "query_pre_attn_scalar" in arch.reads:
         found["attn_scale"] = c.number("query_pre_attn_scalar") ** -0.5
     for field, key in SOFTCAPS.items():
@@ -417,7 +270,7 @@ def config_json(c, dtype, like):
     }
     if "hidden_activation" in arch.reads:
         out["hidden_activation"] = activation
-    out |= _rope_json(c, arch) | _attention_json(c, arch)
+    out |= rope_json(c, arch) | _attention_json(c, arch)
     if like:
         where = os.path.join(like, "config.json")
         source = Fields(read_json(like, "config.json", needed=False), where)
@@ -427,36 +280,6 @@ def config_json(c, dtype, like):
         if "text_config" in source.found:
             source = source.object("text_config")
         out[key] = source.whole(key, arch.reads.get(key, c.block_size))
-    return out
-
-
-def _rope_json(c, arch):
-    """What config.json says of RoPE: transformers 5 reads rope_parameters, version 4 the rest."""
-    kind, *numbers = c.rope_scaling.split() or ["default"]  # like "linear 2.5"
-    rope = {"rope_type": kind, "rope_theta": c.rope_theta}
-    rope.update(zip(ROPE[kind], map(json.loads, numbers)))
-    if not rope.get("llama_4_scaling_beta", True):  # as of all but Ministral 3
-        rope.pop("llama_4_scaling_beta")
-    out = {"rope_theta": c.rope_theta, "rope_parameters": rope, "rope_scaling": None}
-    if c.rope_dim:
-        part = c.rope_dim / c.head_dim
-        if int(part * c.head_dim) < c.rope_dim:  # as transformers rounds it
-            part = math.nextafter(part, 1)
-        rope["partial_rotary_factor"] = out["partial_rotary_factor"] = part
-    if kind == "longrope":  # version 4 has the two lengths outside, and checks for no fourth key
-        short, long, *lengths = ROPE[kind]
-        out["rope_scaling"] = {"type": kind, short: rope[short], long: rope[long]}
-        out |= {key: rope.pop(key) for key in lengths}
-    elif kind != "default":
-        out["rope_scaling"] = rope
-    if c.rope_local_theta:
-        local = {"rope_type": "default", "rope_theta": c.rope_local_theta}
-        out["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        out[arch.local_theta] = c.rope_local_theta
-    if c.nope_every or "no_rope_layer_interval" in arch.reads:
-        every = c.nope_every or c.n_layer + 1
-        out["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(c.n_layer)]
-        out["no_rope_layer_interval"] = every
     return out
 
 
