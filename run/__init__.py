@@ -8,6 +8,7 @@ What keeps a run alive, from its data to its plots. train.py, the loop, is the p
     encodings.py    text to tokens and back (text.py: lines)    ranks.py   several GPUs
     checkpoint.py   saving, and resuming bit for bit            stop.py    Ctrl-C, SIGTERM, minutes
     memory.py       what a run would take, before it takes it   log.py     log.jsonl, and the end
-    foreign.py      the door to what Hugging Face made          plot.py    loss.png, subspaces.png
+    foreign.py      the door to what Hugging Face made          history.py  what log.jsonl tells
+    plot.py         loss.png, subspaces.png
     talk.py         a conversation in the terminal              show.py    lines, texts, progress
 """

@@ -27,7 +27,7 @@ from bench.settings import train_settings
 from configurator import configure, declarations
 from methods.registry import find
 from run import files
-from run import folder as run_folder, memory, plot, show
+from run import folder as run_folder, history, memory, plot, show
 from run.checkpoint import Damaged, load_checkpoint, read_checkpoint
 from run.device import choose_threads
 from run.folder import Folder
@@ -603,22 +603,22 @@ def pictures(monkeypatch):
 
 
 def test_a_long_log_is_drawn_from_a_bounded_summary():
-    curve, subspaces = plot.Curve(), plot.SubspaceMap()
+    curve, subspaces = history.Curve(), history.SubspaceMap()
     for step in range(100_000):
         curve.add(step, step % 2)
         found = {"blocks.0.q": [(step, 0.5, 2)]} if step % 2 else {}
         subspaces.add({"iter": step, "subspaces": found})
-    assert len(curve.points) < 2 * plot.POINTS
+    assert len(curve.points) < 2 * history.POINTS
     x, mean, low, high = curve.columns()
     assert list(x) == sorted(x) and x[-1] == 99_999
     assert set(mean) == {0.5} and set(low) == {0} and set(high) == {1}
     names, similarity, gap = subspaces.values()
     assert similarity.shape == gap.shape == (1, -(-100_000 // subspaces.width))
-    assert similarity.shape[1] <= plot.COLUMNS and set(similarity[0]) == {0.5}
+    assert similarity.shape[1] <= history.COLUMNS and set(similarity[0]) == {0.5}
 
 
 def test_wide_columns_keep_each_last_refresh_and_its_place():
-    whole, wide = plot.SubspaceMap(), plot.SubspaceMap()
+    whole, wide = history.SubspaceMap(), history.SubspaceMap()
     refreshes = [(step, step / 1000, 1 + step) for step in (3, 4, 90, 500, 777)]
     whole.add({"iter": 1000, "subspaces": {"w": refreshes}})
     wide.add({"iter": 1000, "subspaces": {"w": refreshes}})
@@ -671,7 +671,7 @@ def test_a_log_of_any_kind_is_drawn_or_one_line(tmp_path, lines, losses):
             plot.plot_loss(folder)
         return
     assert os.path.getsize(plot.plot_loss(folder)[0]) > 5000
-    run = plot.Summary(folder)
+    run = history.Summary(folder)
     assert len(run.training.columns()[0]) + len(run.validation.columns()[0]) == losses
     assert set(run.subspaces.rows) <= {"u"}
 
@@ -714,7 +714,7 @@ def test_runs_of_any_folder_are_told_apart(tmp_path, monkeypatch, pictures):
 def test_hours_and_memory_of_a_run_are_of_its_log(tmp_path):
     entries = logged(100)
     entries[7] |= {"peak_memory_gb": 3.5}
-    run = plot.Summary(run_folder_with(tmp_path / "out", *entries))
+    run = history.Summary(run_folder_with(tmp_path / "out", *entries))
     assert run.hours == pytest.approx(800 / 2 / 3600) and run.peak == 3.5
 
 

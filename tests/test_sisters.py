@@ -29,7 +29,7 @@ from methods.natural_galore import DAMPING, HISTORY
 from methods.registry import METHODS, find
 from model import LLaMA, LLaMAConfig, QLinear
 from qgalore import QGaLore
-from run import plot
+from run import history
 from run.checkpoint import load_model
 from run.memory import memory_plan
 from run.trace import Live
@@ -661,15 +661,15 @@ def runs(shards, tmp_path_factory):
 
 
 def test_the_subspace_map_shows_each_refresh_where_it_was(runs):
-    names, similarity, gap = plot.Summary(runs / "whole").subspaces.values()
-    in_parts = plot.Summary(runs / "parts").subspaces.values()
+    names, similarity, gap = history.Summary(runs / "whole").subspaces.values()
+    in_parts = history.Summary(runs / "parts").subspaces.values()
     assert names == in_parts[0] and len(names) == 14
     np.testing.assert_array_equal(similarity, in_parts[1])  # NaN and all
     np.testing.assert_array_equal(gap, in_parts[2])
 
     assert names[:2] == ["blocks.0.attn.k_proj", "blocks.1.attn.k_proj"]
     refreshes = []
-    for entry in plot.read_log(runs / "whole" / "log.jsonl"):
+    for entry in history.read_log(runs / "whole" / "log.jsonl"):
         refreshes += entry["subspaces"].get(names[0], [])
     steps = [step for step, _, _ in refreshes]
     assert len(steps) > 4 and steps == sorted(set(steps))
@@ -680,11 +680,11 @@ def test_the_subspace_map_shows_each_refresh_where_it_was(runs):
 
 
 def test_hours_are_counted_up_to_the_last_logged_step(runs):
-    run = plot.Summary(runs / "whole")
+    run = history.Summary(runs / "whole")
     hours = list(run.by_hours.columns()[0])
     assert hours[0] == 0 and hours == sorted(hours)
     assert hours[-1] == run.hours > 0
-    log = plot.read_log(runs / "whole" / "log.jsonl")
+    log = history.read_log(runs / "whole" / "log.jsonl")
     assert run.tokens == max(entry["tokens"] for entry in log if "loss" in entry)
 
 
