@@ -189,45 +189,62 @@ def measure(s, kind, dtype):
     seen = phases.refreshes - before
     phase_ms = training.phases_ms(s.phase_steps)
 
-    # refreshes: unit vectors in place of the peers' SVD tell nothing of theirs
-    count = len(bases())
-    unseen_ms = 0.0  # of refreshes that are due to the timed steps, but were not in them
-    share = None
-    by_svd = s.contender in ("galore", "q_galore")
-    if count and (s.peer_svd or not by_svd):
-        # a layer is refreshed each proj_gap steps; what the timed steps missed, or saw too often,
-        # is added by arithmetic
-        one = training.refresh_ms(bases())
-        due = s.steps * count / s.proj_gap
-        phase_ms["refresh"] = count * one
-        unseen_ms = one * (due - seen)
-        share = one * due / (sum(steps_ms) + unseen_ms)
+    by_refreshes = refreshes(s, training, bases(), steps_ms, seen, phase_ms)
 
-    # the row
-    tokens = s.steps * s.batch_size * s.block_size
-    per_s = 1000 * tokens / sum(steps_ms)
+    losses = torch.stack(training.losses).tolist()
+    reserved = torch.cuda.max_memory_reserved() / GIB if kind == "cuda" else None
+    of_training = {
+        "peak_gib": peak_gib(kind) - baseline,
+        "build_peak_gib": build_peak,
+        "reserved_gib": reserved,  # what lies in fragments counts, too
+        "phase_ms": phase_ms,
+        "losses": [loss if math.isfinite(loss) else None for loss in losses],  # JSON has no NaN
+    }
+    return of_training | speeds(s, kind, model.config, steps_ms) | by_refreshes
+
+
+def speeds(s, kind, config, steps_ms):
+    """What the timed steps say of speed."""
+    per_s = 1000 * tokens_of(s) / sum(steps_ms)
     peak = peak_flops(kind)
     median = statistics.median(steps_ms)
     slowest = max(steps_ms)
-    reserved = torch.cuda.max_memory_reserved() / GIB if kind == "cuda" else None
-    losses = torch.stack(training.losses).tolist()
     return {
-        "peak_gib": peak_gib(kind) - baseline,  # of training
-        "build_peak_gib": build_peak,
-        "reserved_gib": reserved,  # what lies in fragments counts, too
         "tokens_per_s": per_s,
-        "tokens_per_s_with_refreshes": 1000 * tokens / (sum(steps_ms) + unseen_ms),
-        "mfu": per_s * flops_per_token(model.config) / peak if peak else None,
+        "mfu": per_s * flops_per_token(config) / peak if peak else None,
         "median_ms": median,
         "slowest_ms": slowest,
         "slowest_over_median": slowest / median,
         "steps_ms": steps_ms,
-        "phase_ms": phase_ms,
+    }
+
+
+def refreshes(s, training, bases, steps_ms, seen, phase_ms):
+    """What refreshes of `bases` take, of which the timed steps saw `seen`; phase_ms gets all of them.
+
+    A layer is refreshed each proj_gap steps: what the timed steps missed, or saw too often, is
+    added by arithmetic."""
+    share = None
+    unseen_ms = 0.0
+    # unit vectors in place of the peers' SVD tell nothing of theirs
+    by_svd = s.contender in ("galore", "q_galore")
+    if bases and (s.peer_svd or not by_svd):
+        one = training.refresh_ms(bases)
+        due = s.steps * len(bases) / s.proj_gap
+        phase_ms["refresh"] = len(bases) * one
+        unseen_ms = one * (due - seen)
+        share = one * due / (sum(steps_ms) + unseen_ms)
+    return {
+        "tokens_per_s_with_refreshes": 1000 * tokens_of(s) / (sum(steps_ms) + unseen_ms),
         "refresh_share": share,  # of time, at a gap of proj_gap
         "refreshes_seen": seen,  # in the timed steps
-        "bases": count,  # weights that are projected
-        "losses": [loss if math.isfinite(loss) else None for loss in losses],  # JSON has no NaN
+        "bases": len(bases),  # weights that are projected
     }
+
+
+def tokens_of(s):
+    """Those of the timed steps."""
+    return s.steps * s.batch_size * s.block_size
 
 
 def build_peer(s, kind, dtype, phases, attach):
