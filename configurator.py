@@ -103,20 +103,7 @@ def configure(*modules, argv=None, ignore_unknown=False):
 
     defaults = {name: setting.default for name, setting in declared.items()}
     # flags first: config files see their values
-    flags = {}  # {name: value}
-    given = {}  # {name: where}
-    for place, arg in enumerate(argv):
-        if arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            _check_name(name, declared, arg)
-            if not equals:
-                value = "".join(argv[place + 1 : place + 2])
-                if value.startswith("--") or not value:
-                    value = "value"
-                raise SystemExit(f"error: {arg}: write it as {arg}={value}")
-            flags[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
-            given[name] = arg
-
+    flags, given = _flags(argv, declared, defaults)
     # then config files, in their order
     recipe = literal_settings(RECIPES) if ignore_unknown else {}
     names = _Names(recipe | defaults | flags, pinned=flags)
@@ -131,7 +118,6 @@ def configure(*modules, argv=None, ignore_unknown=False):
         values[name] = _typed(name, value, defaults[name], where)
         if name not in names.soft:
             given[name] = where
-    # what each may be
     for name, value in values.items():
         if name.endswith("_dir"):
             values[name] = os.path.expanduser(value)
@@ -140,6 +126,25 @@ def configure(*modules, argv=None, ignore_unknown=False):
             where = given.get(name, "config file")
             raise SystemExit(f"error: {where}: {name} must be {allowed}, not {_short(value)}")
     return Settings(**(defaults | values), given=given)
+
+
+def _flags(argv, declared, defaults):
+    """({name: value}, {name: flag}) of the command line's --name=value."""
+    values = {}
+    given = {}
+    for place, arg in enumerate(argv):
+        if not arg.startswith("--"):
+            continue
+        name, equals, text = arg[2:].partition("=")
+        _check_name(name, declared, arg)
+        if not equals:
+            value = "".join(argv[place + 1 : place + 2])
+            if value.startswith("--") or not value:
+                value = "value"
+            raise SystemExit(f"error: {arg}: write it as {arg}={value}")
+        values[name] = _typed(name, _literal(text, defaults[name]), defaults[name], arg)
+        given[name] = arg
+    return values, given
 
 
 def declarations(module):
