@@ -38,7 +38,7 @@ CONTENDERS = {  # {name: (program, its flags, the rate to start at)}
     "lora": (TRAIN, f"{ADAPTERS}=16", 1e-3),
     "lora8": (TRAIN, f"{ADAPTERS}=8", 1e-3),  # QLoRA on an 8-bit base
     "qlora": (TRAIN, f"{ADAPTERS}=4", 1e-3),
-    "qgalore": (TRAIN, "--method=qgalore", 3e-3),
+    "qgalore": (TRAIN, "--method=qgalore", 1.5e-3),
     "qmuon": (TRAIN, "--method=qmuon", 1e-3),
 }
 
