@@ -508,6 +508,7 @@ SAID = [  # kind, what config.json says besides
     ("yarn", dict(rope_parameters=YARN | {"beta_fast": 3, "beta_slow": 2, "factor": 1.5})),
     ("yarn", dict(rope_parameters=YARN | {"mscale": 2, "mscale_all_dim": 0.5})),
     ("yarn", dict(rope_parameters=None, rope_theta=70.0, rope_scaling=YARN)),
+    ("ministral 3", dict(rope_parameters=None)),
     ("olmo 3", dict(layer_types=None)),
     ("olmo 3", dict(rope_parameters=None, rope_scaling=YARN, rope_theta=5e5)),
     ("qwen 3", dict(rope_theta=70.0, rope_parameters=None)),
@@ -595,7 +596,8 @@ def that_sees(kind):
         )
         return Gemma3ForConditionalGeneration(config).float().eval()
     config = Mistral3Config(
-        text_config=make_config(**text_config).to_dict(), tie_word_embeddings=False,
+        text_config=make_config(**text_config).to_dict(),
+        tie_word_embeddings=kind == "ministral 3",  # whatever its text part says
         vision_config=VISION | {"model_type": "pixtral"},
     )
     return Mistral3ForConditionalGeneration(config).float().eval()

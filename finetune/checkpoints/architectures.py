@@ -24,6 +24,7 @@ class Architecture:
     norm_offset: int = 0  # norms multiply by their weight and this
     scaled_embedding: bool = False  # by the root of its width
     gelu: str = "gelu_erf"  # what "gelu" means in its files
+    rope: dict = field(default_factory=dict)  # RoPE's object, where config.json has none
     local_theta: str = ""  # the key of the theta of layers that slide, where these have their own
     images: tuple = ()  # what tensors' names begin with that are not of its text part
 
@@ -33,7 +34,7 @@ POST_NORMS = {
     "attn_post_norm": "post_attention_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
-SEEN = ("vision_tower.", "multi_modal_projector.")
+SEEN = ("vision_tower.", "multi_modal_projector.")  # of the parts that see images
 QWEN = {
     "num_key_value_heads": 32,
     "use_sliding_window": False,
@@ -75,6 +76,15 @@ ARCHITECTURES = {  # by what transformers calls a model's class
         reads={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
         slides=lambda c, layer: True,
         images=SEEN,
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     ),
     "Phi3ForCausalLM": Architecture(
         "phi3",

@@ -82,7 +82,9 @@ def described(path):
     c = Fields(read_json(path, "config.json"), where)
     name = _architecture(c)
     if name in WITH_IMAGES:
+        tied = c.truth("tie_word_embeddings", True)  # of the whole: transformers goes by this one
         c = c.object("text_config")
+        c = Fields(c.found | {"tie_word_embeddings": tied}, c.where)
         parts = {ARCHITECTURES[part].kind: part for part in WITH_IMAGES[name][1]}
         kind = c.text("model_type", next(iter(parts)))
         if kind not in parts:

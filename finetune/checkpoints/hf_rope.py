@@ -32,6 +32,8 @@ def scaling(c, arch):
         numbers = c.object("rope_parameters")
         if arch.local_theta:  # one for each kind of layers
             numbers = numbers.object("full_attention")
+    if not numbers.found:
+        numbers = Fields(dict(arch.rope), c.where)
     kind = numbers.text("rope_type", None) or numbers.text("type", "default")
     if arch.kind == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # which older files of Phi-3 call so
